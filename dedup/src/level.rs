@@ -1,0 +1,262 @@
+//! Which compression level serves a migration best, from what was measured.
+//!
+//! A batch is coded, then sent, and both go on at once: payload flows at the speed of the slower.
+//!
+//! ```text
+//! flow(level) = min( coder speed(level) * coders,  link rate * ratio(level) )
+//! ```
+//! The best level has the greatest flow; among equals the one that takes the least CPU, which the
+//! guests on this host could use.
+//!
+//! Invariant: pure. A faster link never asks for a slower level. [`LevelPolicy::choose`] climbs one
+//! step at a time, because each step changes what is measured next, and descends at once, because
+//! too slow a level leaves the link idle.
+
+use std::time::Duration;
+
+use crate::compress::Level;
+
+/// A level with what it does on an ordinary guest's memory on an ordinary core, until measured.
+struct Rung {
+    level: Level,
+    /// Input bytes a second on one coder.
+    bytes_per_s: f64,
+    /// Input bytes per output byte.
+    ratio: f64,
+}
+
+const fn rung(level: Level, bytes_per_s: f64, ratio: f64) -> Rung {
+    Rung { level, bytes_per_s, ratio }
+}
+
+/// What a coder passes on without compressing: it still gathers and frames.
+const STORE_BYTES_PER_S: f64 = 8e9;
+
+/// From fastest to densest. Measurements scale the whole ladder, so only the proportions between
+/// rungs matter for long; they are the means over a tar of system libraries and the heap of a
+/// script interpreter that `examples/speed.rs` measured on 1 MiB batches. Level 12 is left out, as
+/// dense as 9 and slower, and so is 19: 3 MB/s.
+const LADDER: [Rung; 8] = [
+    rung(Level::Store, STORE_BYTES_PER_S, 1.0),
+    rung(Level::Zstd(-5), 850e6, 2.2),
+    rung(Level::Zstd(-1), 720e6, 3.0),
+    rung(Level::Zstd(1), 640e6, 3.4),
+    rung(Level::Zstd(3), 430e6, 3.6),
+    rung(Level::Zstd(6), 130e6, 3.75),
+    rung(Level::Zstd(9), 90e6, 3.85),
+    rung(Level::Zstd(16), 8e6, 4.0),
+];
+
+/// Flows that differ by less than this are equal: measurements are no better.
+const EQUAL_WITHIN: f64 = 0.03;
+/// What one batch weighs in the running averages.
+const NEW_WEIGHT: f64 = 0.125;
+/// How fast the compressibility that was measured is forgotten while nothing is compressed, per
+/// batch: other data may come, and only compressing it shows how it compresses.
+const FORGET_WEIGHT: f64 = 1.0 / 1024.0;
+/// A queue of coded batches that is emptier than this says that the link waits for the coder.
+const STARVING_BELOW: f32 = 0.25;
+/// One fuller than this says that the coder waits for the link.
+const BACKED_UP_ABOVE: f32 = 0.75;
+/// Rates beyond these come from a broken measurement.
+const RATE_BOUNDS: (f64, f64) = (1e3, 1e12);
+const SCALE_BOUNDS: (f64, f64) = (0.01, 100.0);
+
+/// What a decision depends on besides the past batches.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Conditions {
+    /// What the link carries, or may carry under its caps, in bytes a second.
+    pub link_bytes_per_s: f64,
+    /// Coders that work at once.
+    pub coders: u32,
+    /// How full the queue of coded batches before the link is: 0 empty, 1 full.
+    pub queue_fill: f32,
+}
+
+/// Picks the level for the next batches.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LevelPolicy {
+    /// Index into `LADDER`.
+    rung: usize,
+    /// Measured coder speed by the ladder's.
+    speed_scale: f64,
+    /// Measured gain (ratio - 1) by the ladder's.
+    gain_scale: f64,
+}
+
+impl LevelPolicy {
+    /// A policy that has measured nothing yet and begins at [`Level::default`].
+    pub fn new() -> Self {
+        let rung = LADDER
+            .iter()
+            .position(|rung| rung.level == Level::default())
+            .expect("the ladder has the default level");
+        Self { rung, speed_scale: 1.0, gain_scale: 1.0 }
+    }
+
+    /// The level in use.
+    pub fn level(&self) -> Level {
+        LADDER[self.rung].level
+    }
+
+    /// Takes in a batch that was coded at `level`: its length before and after, and the time that
+    /// one coder was busy with it.
+    pub fn observe(&mut self, level: Level, bytes_in: u64, bytes_out: u64, busy: Duration) {
+        if bytes_in == 0 {
+            return;
+        }
+        let Some(rung) = LADDER.iter().find(|rung| rung.level == level) else {
+            return;
+        };
+        if level == Level::Store {
+            self.gain_scale += FORGET_WEIGHT * (1.0 - self.gain_scale);
+            return;
+        }
+        let gain = (bytes_in as f64 / bytes_out.max(1) as f64 - 1.0).max(0.0);
+        let gain_scale = (gain / (rung.ratio - 1.0)).min(SCALE_BOUNDS.1);
+        self.gain_scale += NEW_WEIGHT * (gain_scale - self.gain_scale);
+        // A batch that was stored after all shows the speed of the probe, not of the level.
+        if bytes_out < bytes_in && !busy.is_zero() {
+            let speed_scale = bytes_in as f64 / busy.as_secs_f64() / rung.bytes_per_s;
+            let speed_scale = speed_scale.clamp(SCALE_BOUNDS.0, SCALE_BOUNDS.1);
+            self.speed_scale += NEW_WEIGHT * (speed_scale - self.speed_scale);
+        }
+    }
+
+    /// The level for the next batches: the one in use, one step slower, or at once a faster one.
+    ///
+    /// Where the queue contradicts the estimate, the queue is right and the level stays.
+    pub fn choose(&mut self, conditions: &Conditions) -> Level {
+        let best = self.best_rung(conditions);
+        if best > self.rung && conditions.queue_fill >= STARVING_BELOW {
+            self.rung += 1;
+        } else if best < self.rung && conditions.queue_fill <= BACKED_UP_ABOVE {
+            self.rung = best;
+        }
+        self.level()
+    }
+
+    /// The level that these conditions ask for in the long run.
+    pub fn best(&self, conditions: &Conditions) -> Level {
+        LADDER[self.best_rung(conditions)].level
+    }
+
+    fn best_rung(&self, conditions: &Conditions) -> usize {
+        let link = if conditions.link_bytes_per_s.is_finite() {
+            conditions.link_bytes_per_s.clamp(RATE_BOUNDS.0, RATE_BOUNDS.1)
+        } else {
+            RATE_BOUNDS.1
+        };
+        let coders = f64::from(conditions.coders.max(1));
+        let flows = LADDER.map(|rung| {
+            let coder = match rung.level {
+                Level::Store => STORE_BYTES_PER_S,
+                Level::Zstd(_) => (rung.bytes_per_s * self.speed_scale).min(STORE_BYTES_PER_S),
+            };
+            let ratio = 1.0 + (rung.ratio - 1.0) * self.gain_scale;
+            (coder * coders).min(link * ratio)
+        });
+        let greatest = flows.iter().copied().fold(0.0, f64::max);
+        flows.iter().position(|flow| *flow >= greatest * (1.0 - EQUAL_WITHIN)).unwrap_or(0)
+    }
+}
+
+impl Default for LevelPolicy {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MBIT: f64 = 1e6 / 8.0;
+
+    fn link(mbit_per_s: f64, coders: u32) -> Conditions {
+        Conditions { link_bytes_per_s: mbit_per_s * MBIT, coders, queue_fill: 0.5 }
+    }
+
+    #[test]
+    fn the_slower_of_link_and_coder_decides() {
+        let policy = LevelPolicy::new();
+        assert_eq!(policy.best(&link(10.0, 1)), Level::Zstd(16));
+        assert_eq!(policy.best(&link(100.0, 1)), Level::Zstd(6));
+        assert_eq!(policy.best(&link(500.0, 1)), Level::Zstd(3));
+        assert_eq!(policy.best(&link(1000.0, 1)), Level::Zstd(1));
+        assert_eq!(policy.best(&link(2500.0, 1)), Level::Zstd(-1));
+        assert_eq!(policy.best(&link(2500.0, 4)), Level::Zstd(3));
+        assert_eq!(policy.best(&link(40_000.0, 1)), Level::Store);
+    }
+
+    #[test]
+    fn a_slow_machine_compresses_less() {
+        let mut policy = LevelPolicy::new();
+        let before = policy.best(&link(500.0, 1));
+        for _ in 0..100 {
+            // A fifth of the speed that the ladder has for level 3.
+            policy.observe(Level::Zstd(3), 90_000_000, 30_000_000, Duration::from_secs(1));
+        }
+        assert!(policy.best(&link(500.0, 1)) < before);
+    }
+
+    #[test]
+    fn incompressible_data_is_tried_now_and_then_and_other_data_is_noticed() {
+        let mut policy = LevelPolicy::new();
+        let conditions = link(500.0, 1);
+        let mut run = |batches: usize, bytes_out: u64| {
+            let compressed = (0..batches).filter(|_| {
+                let level = policy.choose(&conditions);
+                let bytes_out = if level == Level::Store { 1 << 20 } else { bytes_out };
+                policy.observe(level, 1 << 20, bytes_out, Duration::from_millis(2));
+                level != Level::Store
+            });
+            compressed.count()
+        };
+        run(100, 1 << 20);
+        // A try at the fastest level on noise costs about as much as a copy.
+        let tries = run(1000, 1 << 20);
+        assert!((20..500).contains(&tries), "{tries}");
+        run(200, 1 << 18);
+        assert_eq!(run(100, 1 << 18), 100);
+    }
+
+    #[test]
+    fn the_queue_has_the_last_word() {
+        let mut policy = LevelPolicy::new();
+        let starving = Conditions { queue_fill: 0.0, ..link(10.0, 1) };
+        assert_eq!(policy.choose(&starving), Level::Zstd(3));
+        let backed_up = Conditions { queue_fill: 1.0, ..link(40_000.0, 1) };
+        assert_eq!(policy.choose(&backed_up), Level::Zstd(3));
+        assert_eq!(policy.choose(&link(10.0, 1)), Level::Zstd(6));
+        assert_eq!(policy.choose(&link(10.0, 1)), Level::Zstd(9));
+    }
+
+    #[test]
+    fn broken_measurements_do_no_harm() {
+        let mut policy = LevelPolicy::new();
+        policy.observe(Level::Zstd(3), 0, 0, Duration::ZERO);
+        policy.observe(Level::Zstd(3), 10, 0, Duration::ZERO);
+        policy.observe(Level::Zstd(7), 10, 5, Duration::from_secs(1));
+        for rate in [f64::NAN, f64::INFINITY, -1.0, 0.0] {
+            let conditions = Conditions { link_bytes_per_s: rate, coders: 0, queue_fill: f32::NAN };
+            policy.choose(&conditions);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_faster_link_never_asks_for_a_slower_level(
+            slow in 0.1_f64..100_000.0,
+            factor in 1.0_f64..1000.0,
+            coders in 1_u32..64,
+            speed_scale in 0.05_f64..20.0,
+            gain_scale in 0.0_f64..5.0,
+        ) {
+            let policy = LevelPolicy { rung: 0, speed_scale, gain_scale };
+            prop_assert!(policy.best(&link(slow * factor, coders)) <= policy.best(&link(slow, coders)));
+        }
+    }
+}

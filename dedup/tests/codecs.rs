@@ -1,0 +1,191 @@
+//! Every codec of a message: what goes in comes out, and nothing else is let in.
+//!
+//! Decoders get three kinds of wrong input: garbage, cut messages, and messages with changed bytes.
+//! They may refuse or accept, but never panic; what they accept they must write the same way again
+//! (where the encoder has no choice), so that no two messages mean one thing.
+
+use bytes::Bytes;
+use longhaul_dedup::{
+    bundle::{BundlePart, ChunkBundle, MAX_BUNDLE_BYTES},
+    chunk::RawChunk,
+    compress::{Compressor, Level, Packed, decompress},
+    id::ChunkId,
+    offer::{Offer, Want},
+    recipe::RecipeEntry,
+};
+use proptest::prelude::*;
+
+fn level() -> impl Strategy<Value = Level> {
+    prop_oneof![Just(Level::Store), (-5_i32..6).prop_map(Level::Zstd)]
+}
+
+/// Data that compresses, that does not, and in between.
+fn data(max: usize) -> impl Strategy<Value = Vec<u8>> {
+    (0_u8..4, any::<u64>(), 0..max).prop_map(|(kind, seed, len)| {
+        let mut bytes = vec![0; len];
+        if kind > 0 {
+            blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+        }
+        if kind > 1 {
+            bytes.iter_mut().for_each(|byte| *byte %= kind);
+        }
+        bytes
+    })
+}
+
+fn mutations() -> impl Strategy<Value = Vec<(prop::sample::Index, u8)>> {
+    prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)
+}
+
+fn mutate(bytes: &[u8], mutations: &[(prop::sample::Index, u8)]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    for (at, byte) in mutations {
+        let at = at.index(bytes.len());
+        bytes[at] = *byte;
+    }
+    bytes
+}
+
+fn offer() -> impl Strategy<Value = Offer> {
+    let gaps = prop::collection::vec((0_u64..1 << 40, 1_u32..=1 << 20, any::<[u8; 32]>()), 0..200);
+    (any::<u16>(), 0_u64..1 << 60, gaps).prop_map(|(disk, first, parts)| {
+        let mut offset = 0;
+        let entries = parts
+            .into_iter()
+            .map(|(gap, len, id)| {
+                offset += gap;
+                let entry = RecipeEntry { offset, len, id: ChunkId::from_bytes(id) };
+                offset += u64::from(len);
+                entry
+            })
+            .collect();
+        Offer { disk, first, entries }
+    })
+}
+
+fn bundle() -> impl Strategy<Value = ChunkBundle> {
+    let zero =
+        (0_u64..1 << 40, 1_u64..1 << 40).prop_map(|(offset, len)| BundlePart::Zero { offset, len });
+    let chunk = (0_u64..1 << 40, data(20_000).prop_filter("a chunk has bytes", |d| !d.is_empty()))
+        .prop_map(|(offset, data)| BundlePart::Chunk {
+            offset,
+            chunk: RawChunk::new(data.into()).hash(),
+        });
+    (any::<u16>(), prop::collection::vec(prop_oneof![zero, chunk], 0..12))
+        .prop_map(|(disk, parts)| ChunkBundle { disk, parts })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn packed_data_comes_back(level in level(), data in data(200_000)) {
+        let data = Bytes::from(data);
+        let packed = Compressor::new().compress(level, data.clone());
+        prop_assert!(packed.packed_len() <= data.len());
+        let mut bytes = Vec::new();
+        packed.encode_into(&mut bytes);
+        let again = Packed::decode(&bytes.into()).unwrap();
+        prop_assert_eq!(&again, &packed);
+        prop_assert_eq!(decompress(&again, data.len()).unwrap(), data.clone());
+        if !data.is_empty() {
+            prop_assert!(decompress(&again, data.len() - 1).is_err());
+        }
+    }
+
+    #[test]
+    fn changed_packed_data_is_refused_or_has_the_stated_length(
+        data in data(20_000),
+        mutations in mutations(),
+    ) {
+        let mut bytes = Vec::new();
+        Compressor::new().compress(Level::Zstd(1), data.into()).encode_into(&mut bytes);
+        if let Ok(packed) = Packed::decode(&mutate(&bytes, &mutations).into())
+            && let Ok(data) = decompress(&packed, 1 << 20)
+        {
+            prop_assert_eq!(data.len(), packed.unpacked_len());
+        }
+    }
+
+    #[test]
+    fn offers_and_answers_come_back(offer in offer(), wanted in any::<[u8; 25]>(), sparse: bool) {
+        prop_assert_eq!(&Offer::decode(&offer.encode()).unwrap(), &offer);
+        let mut place = 0;
+        let want = Want::answer(&offer, |_| {
+            place += 1;
+            let bits = wanted[(place - 1) / 8];
+            if sparse { bits > 240 } else { bits >> (place % 8) & 1 == 1 }
+        });
+        let again = Want::decode(&want.encode()).unwrap();
+        prop_assert_eq!(&again, &want);
+        prop_assert!(again.answers(&offer));
+    }
+
+    #[test]
+    fn a_changed_offer_is_refused_or_says_something_else(offer in offer(), mutations in mutations()) {
+        let bytes = mutate(&offer.encode(), &mutations);
+        if let Ok(changed) = Offer::decode(&bytes) {
+            prop_assert_eq!(&changed.encode()[..], &bytes[..]);
+        }
+        prop_assert!((0..bytes.len()).all(|len| Offer::decode(&offer.encode()[..len]).is_err()));
+    }
+
+    #[test]
+    fn a_changed_want_is_refused_or_says_something_else(
+        offer in offer(),
+        every in 1_usize..9,
+        mutations in mutations(),
+    ) {
+        let mut place = 0;
+        let want = Want::answer(&offer, |_| {
+            place += 1;
+            place % every == 0
+        });
+        let bytes = want.encode();
+        if let Ok(changed) = Want::decode(&mutate(&bytes, &mutations)) {
+            prop_assert_eq!(&Want::decode(&changed.encode()).unwrap(), &changed);
+        }
+        prop_assert!((0..bytes.len()).all(|len| Want::decode(&bytes[..len]).is_err()));
+    }
+
+    #[test]
+    fn bundles_come_back(bundle in bundle(), level in level()) {
+        let bytes = bundle.encode(&mut Compressor::new(), level);
+        prop_assert_eq!(ChunkBundle::decode(&bytes, MAX_BUNDLE_BYTES).unwrap(), bundle);
+    }
+
+    /// Offsets and zeros are not hashed; the bytes of a chunk are.
+    #[test]
+    fn a_changed_bundle_never_has_a_chunk_of_other_bytes(
+        bundle in bundle(),
+        level in level(),
+        mutations in mutations(),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let bytes = bundle.encode(&mut Compressor::new(), level);
+        if let Ok(changed) = ChunkBundle::decode(&mutate(&bytes, &mutations).into(), 1 << 20) {
+            for part in changed.parts {
+                if let BundlePart::Chunk { chunk, .. } = part {
+                    prop_assert_eq!(ChunkId::of(chunk.data()), chunk.id());
+                }
+            }
+        }
+        let cut = bytes.slice(..cut.index(bytes.len()));
+        prop_assert!(ChunkBundle::decode(&cut, 1 << 20).is_err());
+    }
+
+    #[test]
+    fn garbage_is_no_message(garbage in prop::collection::vec(any::<u8>(), 0..400), version: bool) {
+        let mut bytes = garbage;
+        if version && let Some(first) = bytes.first_mut() {
+            *first = 1;
+        }
+        let _ = Offer::decode(&bytes);
+        let _ = Want::decode(&bytes);
+        let bytes = Bytes::from(bytes);
+        let _ = ChunkBundle::decode(&bytes, 1 << 20);
+        if let Ok(packed) = Packed::decode(&bytes) {
+            let _ = decompress(&packed, 1 << 20);
+        }
+    }
+}
