@@ -1,0 +1,442 @@
+//! The endpoint: one UDP socket that connects to agents and is connected to.
+//!
+//! Invariant: handshakes run side by side in bounded number and bounded time, so no peer, however
+//! slow or hostile, keeps another from being accepted.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use quinn::{
+    AsyncUdpSocket, ConnectionError, EndpointConfig, Incoming, Runtime, TokioRuntime,
+    TransportErrorCode,
+};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+
+use crate::close::{CloseCode, CloseReason, readable};
+use crate::errors::{BindError, ConnectError};
+use crate::fingerprint::Fingerprint;
+use crate::frame::{Hello, PROTOCOL_VERSION};
+use crate::greeting::{self, GreetingError};
+use crate::identity::{CERTIFICATE_NAME, Identity};
+use crate::reset::{self, ResetKey};
+use crate::session::{Session, canonical};
+use crate::socket::{self, SegmentLimit};
+use crate::tls::{self, Expect, Presented};
+use crate::trust::Trust;
+use crate::tuning::Tuning;
+
+/// Handshakes of incoming connections that run at a time; more are refused.
+pub const MAX_PENDING_HANDSHAKES: usize = 64;
+/// From this many on, a peer must first show that it receives at the address it sends from.
+const RETRY_FROM: usize = MAX_PENDING_HANDSHAKES / 2;
+/// Sessions that wait for [`Endpoint::accept`].
+pub const ACCEPT_BACKLOG: usize = 16;
+/// Time for a handshake and the greetings, on either side.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time given to peers to learn that the endpoint closes.
+const CLOSE_TIME: Duration = Duration::from_secs(2);
+
+/// What accepting and connecting need; shared with the tasks.
+struct Shared {
+    quic: quinn::Endpoint,
+    identity: Identity,
+    trust: Arc<dyn Trust>,
+    hello: Hello,
+    server: quinn::ServerConfig,
+    transport: Arc<quinn::TransportConfig>,
+    connection_window: u64,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    local_addr: SocketAddr,
+    accepted: tokio::sync::Mutex<mpsc::Receiver<Session>>,
+    accepting: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Inner {
+    fn stop_accepting(&self) {
+        let task = self.accepting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task {
+            task.abort();
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop_accepting();
+    }
+}
+
+/// One agent's presence on the network. Cheap to clone; all clones are the same socket.
+#[derive(Clone)]
+pub struct Endpoint(Arc<Inner>);
+
+impl std::fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Endpoint").field("local_addr", &self.0.local_addr).finish_non_exhaustive()
+    }
+}
+
+impl Endpoint {
+    /// Opens a UDP socket on `addr` (port 0: any) and starts to answer peers that `trust` knows.
+    /// Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// The socket cannot be opened, or the identity cannot be used for TLS.
+    pub fn bind(
+        addr: SocketAddr,
+        identity: &Identity,
+        trust: Arc<dyn Trust>,
+        tuning: Tuning,
+    ) -> Result<Self, BindError> {
+        let socket = socket::bind(addr, tuning.socket_buffer)
+            .map_err(|source| BindError::Socket { addr, source })?;
+        Self::on_socket(socket, identity, trust, tuning)
+    }
+
+    /// As [`bind`](Self::bind), on a socket that is there already: another transport than the
+    /// host's UDP, or a link that is simulated in virtual time.
+    ///
+    /// # Errors
+    /// As `bind`.
+    pub fn on_socket(
+        socket: Arc<dyn AsyncUdpSocket>,
+        identity: &Identity,
+        trust: Arc<dyn Trust>,
+        tuning: Tuning,
+    ) -> Result<Self, BindError> {
+        Self::build(socket, identity, trust, tuning, PROTOCOL_VERSION)
+    }
+
+    pub(crate) fn build(
+        socket: Arc<dyn AsyncUdpSocket>,
+        identity: &Identity,
+        trust: Arc<dyn Trust>,
+        tuning: Tuning,
+        protocol: u16,
+    ) -> Result<Self, BindError> {
+        let transport = Arc::new(tuning.transport());
+        // Checked here once, so that a handshake can fail only by the peer's doing.
+        let crypto = tls::server(identity, trust.clone(), Presented::default())?;
+        let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+        server.transport_config(transport.clone()).max_incoming(MAX_PENDING_HANDSHAKES);
+
+        let max_payload = tuning.payload_limit();
+        let mut config = EndpointConfig::new(Arc::new(ResetKey::of(identity)));
+        let of_any_life = identity.clone();
+        config.cid_generator(move || Box::new(reset::connection_ids(&of_any_life)));
+        config
+            .max_udp_payload_size(max_payload)
+            .expect("the tuning keeps the payload between 1200 and 65507 bytes");
+        let socket = SegmentLimit::new(socket, max_payload);
+        let runtime: Arc<dyn Runtime> = Arc::new(TokioRuntime);
+        let quic = quinn::Endpoint::new_with_abstract_socket(
+            config,
+            Some(server.clone()),
+            socket,
+            runtime,
+        )
+        .map_err(BindError::Endpoint)?;
+        let local_addr = quic.local_addr().map_err(BindError::Endpoint)?;
+        let shared = Arc::new(Shared {
+            quic,
+            identity: identity.clone(),
+            trust,
+            hello: Hello {
+                protocol,
+                capabilities: tuning.capabilities,
+                agent_version: tuning.agent_version.clone(),
+            },
+            server,
+            transport,
+            connection_window: tuning.connection_window(),
+        });
+        let (sessions, accepted) = mpsc::channel(ACCEPT_BACKLOG);
+        let accepting = tokio::spawn(accept_all(shared.clone(), sessions));
+        Ok(Self(Arc::new(Inner {
+            shared,
+            local_addr,
+            accepted: tokio::sync::Mutex::new(accepted),
+            accepting: Mutex::new(Some(accepting)),
+        })))
+    }
+
+    /// The address of the socket.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.0.local_addr
+    }
+
+    /// Connects to the agent at `addr`, which must prove that it has the key of `expected`.
+    ///
+    /// # Errors
+    /// Each way to fail has its own variant, because each asks for something else to be done.
+    pub async fn connect(
+        &self,
+        addr: SocketAddr,
+        expected: Fingerprint,
+    ) -> Result<Session, ConnectError> {
+        let shared = &self.0.shared;
+        let presented = Presented::default();
+        let connecting = shared.start(addr, Expect::Key(expected), presented.clone())?;
+        let attempt = async {
+            let connection = connecting.await.map_err(GreetingError::Lost)?;
+            let (send, recv, hello) = greeting::connect(&connection, &shared.hello).await?;
+            Ok((connection, send, recv, hello))
+        };
+        let (connection, send, recv, hello) =
+            match tokio::time::timeout(HANDSHAKE_TIMEOUT, attempt).await {
+                Ok(Ok(connected)) => connected,
+                Ok(Err(error)) => {
+                    return Err(shared.connect_error(addr, Some(expected), &presented, error));
+                }
+                Err(_) => return Err(ConnectError::Unreachable { addr }),
+            };
+        let window = shared.connection_window;
+        Ok(Session::new(connection, expected, hello, (send, recv), window))
+    }
+
+    /// Learns the fingerprint of the agent at `addr`, for an operator to compare before pairing.
+    /// The peer has proved that it holds the key; that it is the right agent only the comparison
+    /// says. Nothing is told about this agent.
+    ///
+    /// # Errors
+    /// No agent answers there.
+    pub async fn probe(&self, addr: SocketAddr) -> Result<Fingerprint, ConnectError> {
+        let shared = &self.0.shared;
+        let presented = Presented::default();
+        let connecting = shared.start(addr, Expect::Probe, presented.clone())?;
+        let error = match tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await {
+            Ok(Ok(connection)) => {
+                connection.close(CloseCode::Done.value(), b"probed");
+                return presented.get().ok_or(ConnectError::Unreachable { addr });
+            }
+            Ok(Err(error)) => error,
+            Err(_) => return Err(ConnectError::Unreachable { addr }),
+        };
+        // The verifier leaves by failing the handshake once the key is proved.
+        presented
+            .get()
+            .ok_or_else(|| shared.connect_error(addr, None, &presented, GreetingError::Lost(error)))
+    }
+
+    /// The next session that a paired peer has opened; `None` once the endpoint is closed.
+    pub async fn accept(&self) -> Option<Session> {
+        self.0.accepted.lock().await.recv().await
+    }
+
+    /// Ends all sessions and stops to answer. Waits a short time for the peers to hear of it.
+    pub async fn close(&self) {
+        self.0.stop_accepting();
+        self.0.shared.quic.close(CloseCode::Shutdown.value(), b"the agent stops");
+        if tokio::time::timeout(CLOSE_TIME, self.0.shared.quic.wait_idle()).await.is_err() {
+            tracing::debug!("some peers did not acknowledge that this agent stops");
+        }
+    }
+}
+
+impl Shared {
+    fn start(
+        &self,
+        addr: SocketAddr,
+        expect: Expect,
+        presented: Presented,
+    ) -> Result<quinn::Connecting, ConnectError> {
+        let crypto = tls::client(&self.identity, expect, presented)?;
+        let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+        config.transport_config(self.transport.clone());
+        self.quic
+            .connect_with(config, addr, CERTIFICATE_NAME)
+            .map_err(|source| ConnectError::Local { addr, source })
+    }
+
+    fn connect_error(
+        &self,
+        addr: SocketAddr,
+        expected: Option<Fingerprint>,
+        presented: &Presented,
+        error: GreetingError,
+    ) -> ConnectError {
+        let error = match error {
+            GreetingError::Version { theirs } => {
+                return ConnectError::Version { addr, ours: self.hello.protocol, theirs };
+            }
+            GreetingError::Frame(error) => {
+                return ConnectError::NotAnAgent { addr, detail: error.to_string() };
+            }
+            GreetingError::Stream => {
+                let detail = "it ended the greeting early".to_owned();
+                return ConnectError::NotAnAgent { addr, detail };
+            }
+            GreetingError::Lost(error) => error,
+        };
+        if let (Some(expected), Some(presented)) = (expected, presented.get())
+            && expected != presented
+        {
+            return ConnectError::WrongKey { addr, expected, presented };
+        }
+        let no_alpn = TransportErrorCode::crypto(tls::ALERT_NO_APPLICATION_PROTOCOL);
+        match &error {
+            ConnectionError::TimedOut => ConnectError::Unreachable { addr },
+            ConnectionError::ConnectionClosed(close)
+                if close.error_code == TransportErrorCode::CONNECTION_REFUSED =>
+            {
+                ConnectError::Busy { addr }
+            }
+            ConnectionError::ConnectionClosed(close) if close.error_code == no_alpn => {
+                let detail = "it does not speak this application protocol".to_owned();
+                ConnectError::NotAnAgent { addr, detail }
+            }
+            ConnectionError::VersionMismatch => {
+                let detail = "it speaks another version of QUIC".to_owned();
+                ConnectError::NotAnAgent { addr, detail }
+            }
+            ConnectionError::ApplicationClosed(close)
+                if close.error_code == CloseCode::Busy.value() =>
+            {
+                ConnectError::Busy { addr }
+            }
+            ConnectionError::ApplicationClosed(close) => {
+                ConnectError::Refused { addr, reason: readable(&close.reason) }
+            }
+            other => match CloseReason::from_quic(other, None) {
+                CloseReason::NotPaired => {
+                    ConnectError::NotPaired { addr, ours: self.identity.fingerprint() }
+                }
+                reason => ConnectError::Failed { addr, reason },
+            },
+        }
+    }
+}
+
+/// Accepts until the endpoint closes. Every handshake is a task of its own.
+async fn accept_all(shared: Arc<Shared>, sessions: mpsc::Sender<Session>) {
+    let pending = Arc::new(Semaphore::new(MAX_PENDING_HANDSHAKES));
+    let mut handshakes = tokio::task::JoinSet::new();
+    loop {
+        let incoming = tokio::select! {
+            incoming = shared.quic.accept() => incoming,
+            Some(_) = handshakes.join_next() => continue,
+        };
+        let Some(incoming) = incoming else { return };
+        let Ok(place) = pending.clone().try_acquire_owned() else {
+            tracing::debug!(peer = %incoming.remote_address(), "too many handshakes, one refused");
+            incoming.refuse();
+            continue;
+        };
+        let running = MAX_PENDING_HANDSHAKES - pending.available_permits();
+        if running > RETRY_FROM && !incoming.remote_address_validated() && incoming.may_retry() {
+            // Fails only where no retry is allowed, which was just asked.
+            let _ = incoming.retry();
+            continue;
+        }
+        let (shared, sessions) = (shared.clone(), sessions.clone());
+        handshakes.spawn(async move {
+            let peer = canonical(incoming.remote_address());
+            if tokio::time::timeout(HANDSHAKE_TIMEOUT, accept_one(&shared, incoming, &sessions))
+                .await
+                .is_err()
+            {
+                tracing::debug!(%peer, "a handshake took too long");
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender<Session>) {
+    let peer = canonical(incoming.remote_address());
+    let presented = Presented::default();
+    let crypto = match tls::server(&shared.identity, shared.trust.clone(), presented.clone()) {
+        Ok(crypto) => crypto,
+        Err(error) => {
+            tracing::error!(%peer, %error, "cannot answer a peer");
+            incoming.refuse();
+            return;
+        }
+    };
+    let mut config = shared.server.clone();
+    config.crypto = Arc::new(crypto);
+    let connected = match incoming.accept_with(Arc::new(config)) {
+        Ok(connecting) => connecting.await,
+        Err(error) => Err(error),
+    };
+    let (connection, fingerprint) = match (connected, presented.get()) {
+        (Ok(connection), Some(fingerprint)) => (connection, fingerprint),
+        (Ok(connection), None) => {
+            connection.close(CloseCode::Refused.value(), b"no certificate was seen");
+            return;
+        }
+        (Err(_), Some(fingerprint)) if !shared.trust.is_trusted(&fingerprint) => {
+            tracing::warn!(
+                %fingerprint,
+                %peer,
+                "refused an agent that is not paired with this one; if it should be, run \
+                 `longhaul pair` here with this fingerprint"
+            );
+            return;
+        }
+        (Err(error), _) => {
+            tracing::debug!(%peer, %error, "a handshake failed");
+            return;
+        }
+    };
+    match greeting::accept(&connection, &shared.hello).await {
+        Ok((send, recv, hello)) => {
+            // Room first: a session in the queue is one that will be taken.
+            let Ok(place) = sessions.reserve().await else {
+                connection.close(CloseCode::Shutdown.value(), b"the agent stops");
+                return;
+            };
+            let window = shared.connection_window;
+            place.send(Session::new(connection, fingerprint, hello, (send, recv), window));
+        }
+        Err(GreetingError::Version { theirs }) => tracing::warn!(
+            %fingerprint,
+            %peer,
+            ours = shared.hello.protocol,
+            theirs,
+            "refused a paired agent that speaks another protocol version: install the same \
+             release on both"
+        ),
+        Err(error) => tracing::warn!(%fingerprint, %peer, ?error, "a paired agent did not greet"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trust::TrustedPeers;
+
+    #[tokio::test]
+    async fn different_versions_are_told_apart_on_both_sides() {
+        let home = tempfile::tempdir().unwrap();
+        let ids = ["a", "b"].map(|name| Identity::load_or_create(&home.path().join(name)).unwrap());
+        let trust = Arc::new(TrustedPeers::new(ids.iter().map(Identity::fingerprint)));
+        let at = "127.0.0.1:0".parse().unwrap();
+        let agent = |id: &Identity, protocol| {
+            let tuning = Tuning::default();
+            let socket = socket::bind(at, 1 << 20).unwrap();
+            Endpoint::build(socket, id, trust.clone(), tuning, protocol).unwrap()
+        };
+        let (old, new) = (agent(&ids[0], 1), agent(&ids[1], 2));
+        for (from, to, key) in [(&old, &new, &ids[1]), (&new, &old, &ids[0])] {
+            let error = from.connect(to.local_addr(), key.fingerprint()).await.unwrap_err();
+            let (ours, theirs) = (from.0.shared.hello.protocol, to.0.shared.hello.protocol);
+            assert!(
+                matches!(error, ConnectError::Version { ours: o, theirs: t, .. }
+                    if (o, t) == (ours, theirs)),
+                "{error}"
+            );
+            let text = error.to_string();
+            assert!(text.contains("version 1") && text.contains("version 2"), "{text}");
+            assert!(!text.contains('\n'));
+        }
+        old.close().await;
+        new.close().await;
+        assert!(new.accept().await.is_none(), "no session came of it");
+    }
+}

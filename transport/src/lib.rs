@@ -1,0 +1,47 @@
+#![doc = include_str!("../PROTOCOL.md")]
+
+mod bit_rate;
+mod class;
+mod close;
+mod congestion;
+mod control;
+mod delivery;
+mod endpoint;
+mod errors;
+mod fingerprint;
+mod frame;
+mod greeting;
+mod identity;
+mod inbox;
+mod outbox;
+mod rate;
+mod reset;
+mod session;
+mod socket;
+mod stats;
+mod tls;
+mod trust;
+mod tuning;
+
+pub use bit_rate::{BitRate, ParseBitRateError};
+pub use class::Class;
+pub use close::CloseReason;
+pub use control::{ControlReceiver, ControlSender};
+pub use endpoint::{ACCEPT_BACKLOG, Endpoint, HANDSHAKE_TIMEOUT, MAX_PENDING_HANDSHAKES};
+pub use errors::{BindError, ConnectError};
+pub use fingerprint::{Fingerprint, ParseFingerprintError};
+pub use frame::{
+    FrameError, MAX_AGENT_VERSION, MAX_BATCH_BYTES, MAX_CONTROL_FRAME, PROTOCOL_VERSION,
+};
+pub use identity::{Identity, IdentityError, KEY_FILE};
+pub use inbox::{Batch, INBOUND_BULK_BYTES, INBOUND_URGENT_BYTES};
+pub use rate::{BURST, JobRate, RateLimiter};
+pub use session::{PeerInfo, RecvError, SendError, Session};
+pub use stats::{ClassBytes, IPV4_UDP_HEADER, IPV6_UDP_HEADER, PathStats};
+pub use tls::TlsError;
+pub use trust::{Trust, TrustedPeers};
+pub use tuning::{
+    CONNECTION_WINDOW, Congestion, ETHERNET_PAYLOAD, IDLE_TIMEOUT, IDLE_TIMEOUT_MAX,
+    IDLE_TIMEOUT_MIN, KEEP_ALIVE, MAX_UNI_STREAMS, MIN_PAYLOAD, SOCKET_BUFFER, STREAM_WINDOW,
+    Tuning,
+};

@@ -1,0 +1,128 @@
+//! The UDP socket below QUIC: large buffers, and no more segments a call than UDP can carry.
+//!
+//! Invariant: segments x payload size never exceeds [`MAX_UDP_PAYLOAD`]. quinn 0.11 hands up to ten
+//! segments to the kernel in one call whatever their size; with jumbo frames that is more than one
+//! UDP message holds, the kernel refuses, quinn drops the packets without a word, takes it for an
+//! MTU black hole and falls back to 1200 bytes for a minute.
+
+use std::fmt;
+use std::io::{self, IoSliceMut};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// Largest payload of one UDP message over IPv4: 65535 - 20 - 8.
+pub(crate) const MAX_UDP_PAYLOAD: u16 = 65_507;
+
+/// Opens a UDP socket on `addr` with buffers of `buffer` bytes each, as far as the kernel lets it.
+/// An IPv6 address without a host part also serves IPv4.
+pub(crate) fn bind(addr: SocketAddr, buffer: usize) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+    let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
+    if addr.is_ipv6() && addr.ip().is_unspecified() {
+        socket.set_only_v6(false)?;
+    }
+    // Failing to enlarge a buffer costs speed, not correctness: said once, not fatal.
+    let received = socket
+        .set_recv_buffer_size(buffer)
+        .and_then(|()| socket.recv_buffer_size())
+        .inspect_err(|error| tracing::warn!(%error, "cannot enlarge the receive buffer"));
+    warn_if_capped("receive", "net.core.rmem_max", buffer, received.ok());
+    let sent = socket
+        .set_send_buffer_size(buffer)
+        .and_then(|()| socket.send_buffer_size())
+        .inspect_err(|error| tracing::warn!(%error, "cannot enlarge the send buffer"));
+    warn_if_capped("send", "net.core.wmem_max", buffer, sent.ok());
+    socket.bind(&addr.into())?;
+    TokioRuntime.wrap_udp_socket(socket.into())
+}
+
+/// Linux doubles what it is asked for and answers with the doubled size, so an answer below what
+/// was asked for means that less than half of it was granted.
+fn warn_if_capped(buffer: &str, setting: &str, asked: usize, granted: Option<usize>) {
+    if let Some(granted) = granted.filter(|&granted| granted < asked) {
+        tracing::warn!(
+            buffer,
+            asked,
+            granted,
+            "the kernel caps a UDP buffer, fast or distant peers will lose packets here: \
+             run `sysctl -w {setting}={asked}`"
+        );
+    }
+}
+
+/// A socket that hands at most as many segments to the kernel as fit into one UDP message.
+pub(crate) struct SegmentLimit {
+    inner: Arc<dyn AsyncUdpSocket>,
+    segments: usize,
+}
+
+impl SegmentLimit {
+    /// Limits `inner` for payloads of up to `max_payload` bytes.
+    pub(crate) fn new(inner: Arc<dyn AsyncUdpSocket>, max_payload: u16) -> Arc<Self> {
+        let fitting = usize::from(MAX_UDP_PAYLOAD / max_payload.max(1));
+        let segments = inner.max_transmit_segments().min(fitting).max(1);
+        Arc::new(Self { inner, segments })
+    }
+}
+
+impl fmt::Debug for SegmentLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SegmentLimit").field("segments", &self.segments).finish_non_exhaustive()
+    }
+}
+
+impl AsyncUdpSocket for SegmentLimit {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Arc::clone(&self.inner).create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.inner.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        self.inner.poll_recv(cx, bufs, meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.segments
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn segments_fit_into_one_message() {
+        let socket = bind("127.0.0.1:0".parse().unwrap(), 1 << 16).unwrap();
+        let inner = socket.max_transmit_segments();
+        for payload in [1200, 1452, 6550, 6600, 8952, 65_507] {
+            let segments = SegmentLimit::new(socket.clone(), payload).max_transmit_segments();
+            assert!(segments * usize::from(payload) <= usize::from(MAX_UDP_PAYLOAD));
+            assert!(segments == inner || (segments + 1) * usize::from(payload) > 65_507);
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! What a session has cost and carried so far.
+//!
+//! Invariant: wire bytes are what the link carried, headers and repetitions included; goodput is
+//! what the callers gave or got. The two are always reported together.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use quinn::ConnectionStats;
+
+use crate::class::Class;
+
+/// Bytes of an IPv4 and a UDP header, without options (RFC 791, RFC 768).
+pub const IPV4_UDP_HEADER: u64 = 20 + 8;
+/// Bytes of an IPv6 and a UDP header, without extensions (RFC 8200, RFC 768).
+pub const IPV6_UDP_HEADER: u64 = 40 + 8;
+
+/// Bytes of one class, as given to and by the callers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ClassBytes {
+    /// Handed to QUIC for sending.
+    pub sent: u64,
+    /// Of these, acknowledged by the peer's QUIC.
+    pub acked: u64,
+    /// Received as whole batches.
+    pub received: u64,
+}
+
+/// A snapshot of a session's path and counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PathStats {
+    /// Smoothed round trip.
+    pub rtt: Duration,
+    /// Lowest round trip seen on this path.
+    pub min_rtt: Duration,
+    /// UDP payload sent, plus [`IPV4_UDP_HEADER`] or [`IPV6_UDP_HEADER`] for every datagram.
+    /// Link-layer headers are not counted: they differ from hop to hop.
+    pub wire_bytes_sent: u64,
+    /// UDP payload received, headers as above.
+    pub wire_bytes_received: u64,
+    /// Packets sent.
+    pub sent_packets: u64,
+    /// Packets taken for lost; their content was sent again.
+    pub lost_packets: u64,
+    /// Bytes of these packets.
+    pub lost_bytes: u64,
+    /// Congestion window, bytes.
+    pub cwnd: u64,
+    /// UDP payload that the path is known to carry, bytes.
+    pub mtu: u16,
+    /// How often the path stopped to carry large packets. More than zero under load may be loss
+    /// mistaken for it: set [`Tuning::min_payload`](crate::Tuning::min_payload).
+    pub black_holes: u64,
+    /// Payload by class; index with [`Class::index`].
+    pub classes: [ClassBytes; Class::ALL.len()],
+}
+
+impl PathStats {
+    /// Payload of `class`.
+    pub fn class(&self, class: Class) -> ClassBytes {
+        self.classes[class.index()]
+    }
+}
+
+/// Counters of one session.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    classes: [[AtomicU64; 3]; Class::ALL.len()],
+}
+
+impl Counters {
+    pub(crate) fn count_sent(&self, class: Class, bytes: usize) {
+        self.add(class, 0, bytes);
+    }
+
+    pub(crate) fn count_acked(&self, class: Class, bytes: usize) {
+        self.add(class, 1, bytes);
+    }
+
+    pub(crate) fn count_received(&self, class: Class, bytes: usize) {
+        self.add(class, 2, bytes);
+    }
+
+    fn add(&self, class: Class, which: usize, bytes: usize) {
+        self.classes[class.index()][which].fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn snapshot(&self, quic: &ConnectionStats, remote: SocketAddr) -> PathStats {
+        let header = header_bytes(remote);
+        let classes = self.classes.each_ref().map(|[sent, acked, received]| ClassBytes {
+            sent: sent.load(Ordering::Relaxed),
+            acked: acked.load(Ordering::Relaxed),
+            received: received.load(Ordering::Relaxed),
+        });
+        PathStats {
+            rtt: quic.path.rtt,
+            min_rtt: quic.path.min_rtt,
+            wire_bytes_sent: quic.udp_tx.bytes + quic.udp_tx.datagrams * header,
+            wire_bytes_received: quic.udp_rx.bytes + quic.udp_rx.datagrams * header,
+            sent_packets: quic.path.sent_packets,
+            lost_packets: quic.path.lost_packets,
+            lost_bytes: quic.path.lost_bytes,
+            cwnd: quic.path.cwnd,
+            mtu: quic.path.current_mtu,
+            black_holes: quic.path.black_holes_detected,
+            classes,
+        }
+    }
+}
+
+/// IP and UDP header of one datagram to `remote`.
+pub(crate) fn header_bytes(remote: SocketAddr) -> u64 {
+    if remote.ip().to_canonical().is_ipv4() { IPV4_UDP_HEADER } else { IPV6_UDP_HEADER }
+}
