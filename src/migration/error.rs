@@ -1,0 +1,107 @@
+//! How an attempt can end badly, and what that means for the VM.
+//!
+//! Invariant: every variant but `InDoubt` means that the guest is the source's, and runs there as it
+//! did before.
+
+use longhaul_transport::{RecvError, SendError};
+
+use super::message::JobId;
+use crate::hypervisor::HypervisorError;
+
+/// An attempt that did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrationError {
+    /// The VM cannot leave, or the target will not take it. Nothing was sent.
+    #[error("{vm} cannot move to {peer}: {}", reasons.join("; "))]
+    Refused {
+        /// The VM.
+        vm: String,
+        /// The peer.
+        peer: String,
+        /// Each in a sentence.
+        reasons: Vec<String>,
+    },
+    /// The link to the peer was lost before the hand-over.
+    #[error("the link to {peer} was lost: {detail}")]
+    Cut {
+        /// The peer.
+        peer: String,
+        /// What was noticed.
+        detail: String,
+    },
+    /// The peer failed before the hand-over.
+    #[error("{peer} gave up: {reason}")]
+    Peer {
+        /// The peer.
+        peer: String,
+        /// Its own words.
+        reason: String,
+    },
+    /// What the peer sent breaks the protocol.
+    #[error("{peer} broke the protocol: {detail}")]
+    Protocol {
+        /// The peer.
+        peer: String,
+        /// How.
+        detail: String,
+    },
+    /// A hypervisor, here.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// A file of ours, here.
+    #[error("{doing}")]
+    Io {
+        /// What was being done.
+        doing: String,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The move cannot be had within what the job allows.
+    #[error("{vm} does not converge: {reason}")]
+    DoesNotConverge {
+        /// The VM.
+        vm: String,
+        /// With the numbers.
+        reason: String,
+    },
+    /// The operator ended it.
+    #[error("cancelled")]
+    Cancelled,
+    /// The target has the token and its answer is not here: nobody but the target's journal knows.
+    #[error(
+        "the hand-over of {vm} is in doubt: {peer} was given the decision and has not answered. \
+         The guest is paused here and stays so until {peer} answers; it is asked again and again"
+    )]
+    InDoubt {
+        /// The VM.
+        vm: String,
+        /// The peer.
+        peer: String,
+        /// The attempt.
+        job: JobId,
+    },
+}
+
+impl MigrationError {
+    /// Whether another attempt over a mended link could succeed.
+    pub fn is_cut(&self) -> bool {
+        matches!(self, Self::Cut { .. })
+    }
+
+    pub(super) fn cut(peer: &str, detail: impl ToString) -> Self {
+        Self::Cut { peer: peer.to_owned(), detail: detail.to_string() }
+    }
+
+    pub(super) fn protocol(peer: &str, detail: impl ToString) -> Self {
+        Self::Protocol { peer: peer.to_owned(), detail: detail.to_string() }
+    }
+
+    pub(super) fn sending(peer: &str) -> impl Fn(SendError) -> Self + '_ {
+        move |error| Self::cut(peer, error)
+    }
+
+    pub(super) fn receiving(peer: &str) -> impl Fn(RecvError) -> Self + '_ {
+        move |error| Self::cut(peer, error)
+    }
+}

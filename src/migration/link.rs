@@ -1,0 +1,259 @@
+//! The source's end of one attempt: sends items, and sorts what the target says to who waits for it.
+//!
+//! Invariant: whoever waits on the link is woken when it is lost or the target gives up; nothing in
+//! here waits for a peer without that way out.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use bytes::Bytes;
+use longhaul_transport::{Class, ControlReceiver, ControlSender, PathStats, Session};
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::error::MigrationError;
+use super::message::{BulkHeader, ToSource, ToTarget};
+
+/// Answers of the target that nobody has read yet; more is a protocol error of the peer's.
+const REPLIES_MAX: usize = 64;
+/// Answers to offers that nobody has read yet: no more offers than this are ever outstanding.
+const WANTS_MAX: usize = 256;
+
+/// A round trip below this is noise: everything is one machine.
+const MIN_RTT_S: f64 = 0.001;
+/// The share of window / round trip that arrives: the window has room for a probe, and packets for
+/// overhead.
+const CARRIED_SHARE: f64 = 0.8;
+
+/// How the link stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Health {
+    Good,
+    Cut(String),
+    PeerFailed(String),
+}
+
+/// Counters that the target reports.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Applied {
+    /// Last round that is written in full.
+    pub(super) round: u32,
+    /// Memory items applied.
+    pub(super) memory_items: u64,
+}
+
+/// The source's end.
+pub(super) struct Link {
+    peer: String,
+    session: Session,
+    control: Mutex<ControlSender>,
+    replies: Mutex<mpsc::Receiver<ToSource>>,
+    wants: Mutex<mpsc::Receiver<(u64, Vec<u8>)>>,
+    applied: watch::Receiver<Applied>,
+    health: watch::Receiver<Health>,
+    rounds: AtomicU32,
+    disk_items: AtomicU64,
+    memory_items: AtomicU64,
+    reader: JoinHandle<()>,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+impl Link {
+    /// Takes the control stream of a session and starts to read it.
+    pub(super) fn new(peer: &str, session: Session) -> Result<Self, MigrationError> {
+        let (control, receiver) = session
+            .control()
+            .ok_or_else(|| MigrationError::cut(peer, "its control stream is in use"))?;
+        let (replies_in, replies) = mpsc::channel(REPLIES_MAX);
+        let (wants_in, wants) = mpsc::channel(WANTS_MAX);
+        let (applied_in, applied) = watch::channel(Applied::default());
+        let (health_in, health) = watch::channel(Health::Good);
+        let reader = tokio::spawn(async move {
+            let end = sort(receiver, replies_in, wants_in, applied_in).await;
+            health_in.send_replace(end);
+        });
+        Ok(Self {
+            peer: peer.to_owned(),
+            session,
+            control: Mutex::new(control),
+            replies: Mutex::new(replies),
+            wants: Mutex::new(wants),
+            applied,
+            health,
+            rounds: AtomicU32::new(0),
+            disk_items: AtomicU64::new(0),
+            memory_items: AtomicU64::new(0),
+            reader,
+        })
+    }
+
+    pub(super) fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    pub(super) fn stats(&self) -> PathStats {
+        self.session.stats()
+    }
+
+    /// What the path carries, in bytes a second, by the congestion controller's model of it.
+    pub(super) fn bytes_per_s(&self) -> f64 {
+        let path = self.session.stats();
+        path.cwnd as f64 / path.rtt.as_secs_f64().max(MIN_RTT_S) * CARRIED_SHARE
+    }
+
+    /// Wire bytes so far, both directions.
+    pub(super) fn wire_bytes(&self) -> u64 {
+        let stats = self.session.stats();
+        stats.wire_bytes_sent + stats.wire_bytes_received
+    }
+
+    /// Disk items sent so far.
+    pub(super) fn disk_items(&self) -> u64 {
+        self.disk_items.load(Ordering::Relaxed)
+    }
+
+    /// Memory items sent so far.
+    pub(super) fn memory_items(&self) -> u64 {
+        self.memory_items.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn applied(&self) -> Applied {
+        *self.applied.borrow()
+    }
+
+    pub(super) async fn tell(&self, message: &ToTarget) -> Result<(), MigrationError> {
+        let control = self.control.lock().await;
+        control.send(message).await.map_err(MigrationError::sending(&self.peer))
+    }
+
+    /// The next answer that is not about items.
+    pub(super) async fn reply(&self) -> Result<ToSource, MigrationError> {
+        let mut replies = self.replies.lock().await;
+        match replies.recv().await {
+            Some(reply) => Ok(reply),
+            None => Err(self.why_lost().await),
+        }
+    }
+
+    /// The answer to one of the offers.
+    pub(super) async fn want(&self) -> Result<(u64, Vec<u8>), MigrationError> {
+        let mut wants = self.wants.lock().await;
+        match wants.recv().await {
+            Some(want) => Ok(want),
+            None => Err(self.why_lost().await),
+        }
+    }
+
+    /// The number of the next round of disk items, from 1.
+    pub(super) fn next_round(&self) -> u32 {
+        self.rounds.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// The number of the next disk item; it must be sent.
+    pub(super) fn next_disk_item(&self) -> u64 {
+        self.disk_items.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The number of the next memory item; it must be sent.
+    pub(super) fn next_memory_item(&self) -> u64 {
+        self.memory_items.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Sends a bulk item. Returns once QUIC took the bytes.
+    pub(super) async fn send_bulk(
+        &self,
+        class: Class,
+        header: &BulkHeader,
+        body: Bytes,
+    ) -> Result<(), MigrationError> {
+        let sent = self.session.send_batch(class, &header.encode(), vec![body]).await;
+        match sent {
+            Ok(()) => Ok(()),
+            // The reader may know better why.
+            Err(error) => match &*self.health.borrow() {
+                Health::PeerFailed(reason) => Err(self.peer_failed(reason)),
+                _ => Err(MigrationError::cut(&self.peer, error)),
+            },
+        }
+    }
+
+    /// Waits until what the target reports satisfies `enough`.
+    pub(super) async fn until(
+        &self,
+        mut enough: impl FnMut(&Applied) -> bool,
+    ) -> Result<Applied, MigrationError> {
+        let mut applied = self.applied.clone();
+        let now = applied.wait_for(|applied| enough(applied)).await.map(|now| *now);
+        match now {
+            Ok(now) => Ok(now),
+            Err(_) => Err(self.why_lost().await),
+        }
+    }
+
+    /// Returns, with the reason, once the link is lost or the target gave up.
+    pub(super) async fn lost(&self) -> MigrationError {
+        self.why_lost().await
+    }
+
+    async fn why_lost(&self) -> MigrationError {
+        let mut health = self.health.clone();
+        let lost = health.wait_for(|health| *health != Health::Good).await;
+        match lost.as_deref() {
+            Ok(Health::PeerFailed(reason)) => self.peer_failed(reason),
+            Ok(Health::Cut(detail)) => MigrationError::cut(&self.peer, detail),
+            Ok(Health::Good) | Err(_) => MigrationError::cut(&self.peer, "the session ended"),
+        }
+    }
+
+    fn peer_failed(&self, reason: &str) -> MigrationError {
+        MigrationError::Peer { peer: self.peer.clone(), reason: reason.to_owned() }
+    }
+
+    /// Ends the session.
+    pub(super) fn close(&self, reason: &str) {
+        self.session.close(reason);
+    }
+}
+
+/// Reads the target's words until they end, and says how.
+async fn sort(
+    mut receiver: ControlReceiver,
+    replies: mpsc::Sender<ToSource>,
+    wants: mpsc::Sender<(u64, Vec<u8>)>,
+    applied: watch::Sender<Applied>,
+) -> Health {
+    loop {
+        let message = match receiver.recv::<ToSource>().await {
+            Ok(Some(message)) => message,
+            Ok(None) => return Health::Cut("it closed the session".into()),
+            Err(error) => return Health::Cut(error.to_string()),
+        };
+        match message {
+            ToSource::Want { item, wanted } => {
+                if wants.try_send((item, wanted)).is_err() {
+                    return Health::Cut("it answers offers that were not made".into());
+                }
+            }
+            ToSource::RoundDone { round } => {
+                applied.send_modify(|applied| {
+                    applied.round = round;
+                });
+            }
+            ToSource::MemoryApplied { items } => {
+                applied.send_modify(|applied| {
+                    applied.memory_items = items;
+                });
+            }
+            ToSource::Failed { reason } => return Health::PeerFailed(reason),
+            reply => {
+                if replies.try_send(reply).is_err() {
+                    return Health::Cut("it sends answers that nobody asked for".into());
+                }
+            }
+        }
+    }
+}

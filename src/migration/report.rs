@@ -1,0 +1,136 @@
+//! What is said about a migration: while it runs (`Progress`) and when it ended (`Completed`).
+//!
+//! Invariant: these types hold numbers that were measured, never a clock; who measures passes them
+//! in. They are the JSON that `--json` prints, so a field is added, never renamed.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The phases of a migration, in their order. One spelling everywhere: logs, journal, command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// The disk goes ahead of time while the VM runs.
+    Seed,
+    /// What the guest wrote since, in rounds.
+    Sync,
+    /// Memory while the VM runs.
+    PreCopy,
+    /// Pause, the rest, the hand-over, run.
+    Switchover,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Seed => "seed",
+            Self::Sync => "sync",
+            Self::PreCopy => "pre-copy",
+            Self::Switchover => "switchover",
+        })
+    }
+}
+
+/// A moment of a running seed or migration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// The VM.
+    pub vm: String,
+    /// The peer's name at this host.
+    pub peer: String,
+    /// Where it is.
+    pub phase: Phase,
+    /// Round within the phase, from 1.
+    pub round: u32,
+    /// Payload bytes of this phase dealt with so far: sent, or found at the target.
+    pub payload_bytes: u64,
+    /// Payload bytes that this phase will deal with, as far as is known now.
+    pub payload_bytes_total: u64,
+    /// Bytes on the wire since the start, both directions, overhead included.
+    pub wire_bytes: u64,
+    /// Wire rate over the last seconds, in bits per second.
+    pub rate_bits_per_s: u64,
+    /// Milliseconds since the start.
+    pub elapsed_ms: u64,
+    /// Expected milliseconds to the end of the whole run, if there is ground for a forecast.
+    pub forecast_left_ms: Option<u64>,
+    /// Something an operator wants to know now ("link down for 3 s, trying again").
+    pub note: Option<String>,
+}
+
+/// What moved in one phase.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PhaseReport {
+    /// How long it took.
+    pub duration_ms: u64,
+    /// Rounds it took.
+    pub rounds: u32,
+    /// Bytes that the guest would have us move.
+    pub payload_bytes: u64,
+    /// Bytes that crossed the WAN for it, all overhead included.
+    pub wire_bytes: u64,
+}
+
+/// Downtime in its parts, as DESIGN's model has them; their sum is `total_ms`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Downtime {
+    /// From the pause at the source to the guest observed running at the target.
+    pub total_ms: f64,
+    /// Pause to the last disk blocks and pages collected.
+    pub collect_ms: f64,
+    /// Sending them and the device state.
+    pub drain_ms: f64,
+    /// The source hypervisor's own end: last byte to parked.
+    pub park_ms: f64,
+    /// The token's way: half a round trip.
+    pub token_ms: f64,
+    /// Target: last checks, load of the device state, hand-over journal.
+    pub load_ms: f64,
+    /// `run` given to the guest observed running.
+    pub start_ms: f64,
+}
+
+/// What was saved, by means; payload bytes that did not have to be sent as they are.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Holes and zero blocks of disks.
+    pub disk_zero_bytes: u64,
+    /// Chunks that the target had.
+    pub disk_known_bytes: u64,
+    /// Compression of disk chunks.
+    pub disk_compressed_bytes: u64,
+    /// Zero pages.
+    pub memory_zero_bytes: u64,
+    /// Pages with repeated contents.
+    pub memory_repeated_bytes: u64,
+    /// Older versions of pages that were never sent.
+    pub memory_superseded_bytes: u64,
+    /// Pages sent as differences.
+    pub memory_delta_bytes: u64,
+    /// Compression of pages.
+    pub memory_compressed_bytes: u64,
+}
+
+/// The report of a seed or migration that reached its end.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Completed {
+    /// The VM.
+    pub vm: String,
+    /// The peer's name at this host.
+    pub peer: String,
+    /// Whole time.
+    pub total_ms: u64,
+    /// Downtime; absent after a seed.
+    pub downtime: Option<Downtime>,
+    /// Per phase, in order; a phase that did not run is absent.
+    pub phases: Vec<(String, PhaseReport)>,
+    /// What was saved by which means.
+    pub saved: Saved,
+    /// All wire bytes, both directions.
+    pub wire_bytes: u64,
+    /// All payload bytes.
+    pub payload_bytes: u64,
+    /// Things an operator should know ("the stream was not understood and passed through").
+    pub notes: Vec<String>,
+}

@@ -1,0 +1,563 @@
+//! One attempt at its source, top to bottom.
+//!
+//! Invariant: until the hand-over every way out of here gives the guest back to its owner; from the
+//! hand-over on only the target's answer decides. `hand_over` cannot be cancelled: nothing in it
+//! is dropped half-way.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use longhaul_transport::{Class, Session};
+use tokio::sync::watch;
+
+use super::coding::Coding;
+use super::converge::{Budget, Convergence, Decision, Measured};
+use super::disk::{DiskSender, How};
+use super::error::MigrationError;
+use super::job::{Dial, Job, Side, Site};
+use super::journal::{Journal, Record, Role};
+use super::link::Link;
+use super::memory::{MemorySender, Pump, SendState, Stage};
+use super::message::{DiskOffer, JobId, Open, Purpose, ToSource, ToTarget, Token};
+use super::meter::Meter;
+use super::report::{Completed, Downtime, Phase, Progress};
+use super::seeds::Seed;
+use super::settle;
+use crate::hypervisor::{DiskView, PAGE_BYTES, RunState, SourceVm};
+
+/// How often progress is published and convergence is judged.
+const TICK: Duration = Duration::from_millis(100);
+/// Sync rounds before pre-copy; a guest that writes faster than the link gets no better by more.
+const SYNC_ROUNDS_MAX: u32 = 12;
+/// Written bytes that are not worth a round of their own before pre-copy: they go in the last one.
+const SYNC_ENOUGH_BYTES: u64 = 512 << 10;
+/// Above this a round asks the target first what it has.
+const PUSH_BYTES_MAX: u64 = 64 << 20;
+/// How fast the hypervisor may hand us memory: local, so only the staging area slows it down.
+const MEMORY_RATE_BYTES_PER_S: u64 = 4 << 30;
+
+/// Moves or seeds one VM over `session`. `cancelled` ends the attempt safely, until the hand-over.
+pub async fn run(
+    site: &Site,
+    job: &Job,
+    session: Session,
+    dial: &dyn Dial,
+    progress: &watch::Sender<Progress>,
+    cancelled: impl Future<Output = ()> + Send,
+) -> Result<Completed, MigrationError> {
+    let vm = site.host.source(&job.vm).await?;
+    let reasons = vm.check().await?;
+    if !reasons.is_empty() {
+        return Err(refused(job, reasons));
+    }
+    let was_running = vm.run_state().await? == RunState::Running;
+    let attempt = Attempt {
+        site,
+        job,
+        id: JobId::random(),
+        link: Link::new(&job.peer, session)?,
+        meter: Meter::new(&job.vm, &job.peer, Phase::Seed),
+        coding: Coding::new(),
+        vm,
+        was_running,
+        start: Instant::now(),
+    };
+    let mut journal = attempt.begin_journal()?;
+    let ended = {
+        let mut work = pin!(attempt.work());
+        let mut ticks = tokio::time::interval(TICK);
+        let mut cancelled = pin!(cancelled);
+        loop {
+            tokio::select! {
+                ended = &mut work => break ended,
+                lost = attempt.link.lost() => break Err(lost),
+                () = &mut cancelled => break Err(MigrationError::Cancelled),
+                _ = ticks.tick() => { progress.send_replace(attempt.progress()); }
+            }
+        }
+    };
+    let ended = match ended {
+        Ok(Worked::Parked(parked)) => {
+            return attempt.hand_over(&mut journal, parked, dial, progress).await;
+        }
+        Ok(Worked::Seeded) => attempt.keep_seed(&mut journal).await,
+        Err(error) => Err(error),
+    };
+    match ended {
+        Ok(report) => Ok(report),
+        Err(error) => Err(attempt.give_up(&mut journal, error).await),
+    }
+}
+
+struct Attempt<'a> {
+    site: &'a Site,
+    job: &'a Job,
+    id: JobId,
+    vm: Arc<dyn SourceVm>,
+    link: Link,
+    meter: Meter,
+    coding: Coding,
+    was_running: bool,
+    start: Instant,
+}
+
+enum Worked {
+    Seeded,
+    Parked(Parked),
+}
+
+/// The guest is paused, and its last blocks are with the transport.
+struct Pausing {
+    paused: Instant,
+    collected: Instant,
+    finishing: Instant,
+    views: Vec<Box<dyn DiskView>>,
+}
+
+/// The guest is parked and the last byte is with the transport.
+struct Parked {
+    paused: Instant,
+    collected: Instant,
+    finishing: Instant,
+    parked: Instant,
+    /// The last views: closing them takes the hypervisor's time, which the guest has not.
+    views: Vec<Box<dyn DiskView>>,
+}
+
+impl Attempt<'_> {
+    /// Everything that can be undone.
+    async fn work(&self) -> Result<Worked, MigrationError> {
+        let at_generation = self.open().await?;
+        self.seed(at_generation).await?;
+        self.sync().await?;
+        if self.job.purpose == Purpose::Seed {
+            return Ok(Worked::Seeded);
+        }
+        self.prepare().await?;
+        self.precopy_and_switchover().await.map(Worked::Parked)
+    }
+
+    async fn open(&self) -> Result<bool, MigrationError> {
+        let disks = self.vm.disks().await?;
+        let seed = match self.site.seeds.get(&self.job.vm) {
+            Some(seed) if seed.peer == self.job.peer && self.vm.is_tracking().await? => {
+                Some(seed.generation)
+            }
+            _ => None,
+        };
+        let open = Open {
+            job: self.id,
+            purpose: self.job.purpose,
+            vm: self.vm.spec().to_peer().map_err(|reasons| refused(self.job, reasons))?,
+            disks: disks
+                .into_iter()
+                .map(|disk| DiskOffer { id: disk.id, bytes: disk.bytes, since: seed })
+                .collect(),
+        };
+        self.link.tell(&ToTarget::Open(Box::new(open))).await?;
+        match self.link.reply().await? {
+            ToSource::Accepted { at_generation } => {
+                Ok(seed.is_some() && at_generation.iter().all(|&at| at))
+            }
+            ToSource::Refused { reasons } => Err(refused(self.job, reasons)),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// The whole disks; or, if the target has them as of an earlier seed, what was written since.
+    async fn seed(&self, at_generation: bool) -> Result<(), MigrationError> {
+        if let Err(error) = self.site.seeds.remove(&self.job.vm) {
+            tracing::warn!(%error, "the seed book could not be written");
+        }
+        if at_generation {
+            return Ok(());
+        }
+        let views = self.vm.disk_full().await?;
+        self.round(views, How::Offer, Class::Seed).await
+    }
+
+    /// Rounds until what the guest wrote meanwhile is little.
+    async fn sync(&self) -> Result<(), MigrationError> {
+        self.begin(Phase::Sync);
+        let mut last = u64::MAX;
+        for _ in 0..SYNC_ROUNDS_MAX {
+            let bytes = self.vm.disk_delta_bytes().await?;
+            // A round that leaves as much as it found does not get better by another.
+            if bytes <= SYNC_ENOUGH_BYTES || bytes >= last {
+                break;
+            }
+            last = bytes;
+            self.delta_round(Class::Blocks).await?;
+        }
+        if self.job.purpose == Purpose::Seed {
+            self.delta_round(Class::Seed).await?;
+        }
+        Ok(())
+    }
+
+    async fn delta_round(&self, class: Class) -> Result<(), MigrationError> {
+        let bytes = self.vm.disk_delta_bytes().await?;
+        let how = if bytes > PUSH_BYTES_MAX { How::Offer } else { How::Push };
+        let views = self.vm.disk_delta().await?;
+        self.round(views, how, class).await
+    }
+
+    /// Sends one round of views and waits until the target has written it.
+    async fn round(
+        &self,
+        views: Vec<Box<dyn DiskView>>,
+        how: How,
+        class: Class,
+    ) -> Result<(), MigrationError> {
+        self.meter.round();
+        self.send_views(&views, how, class).await?;
+        let round = self.link.next_round();
+        self.link.tell(&ToTarget::RoundEnd { round, items: self.link.disk_items() }).await?;
+        self.link.until(|applied| applied.round >= round).await?;
+        // To close a view is to say that what it covers has arrived.
+        for view in views {
+            view.close().await?;
+        }
+        Ok(())
+    }
+
+    async fn send_views(
+        &self,
+        views: &[Box<dyn DiskView>],
+        how: How,
+        class: Class,
+    ) -> Result<(), MigrationError> {
+        let sender = DiskSender::new(&self.link, &self.meter, &self.coding);
+        for (disk, view) in views.iter().enumerate() {
+            sender.send(disk as u16, &**view, how, class).await?;
+        }
+        Ok(())
+    }
+
+    async fn prepare(&self) -> Result<(), MigrationError> {
+        self.link.tell(&ToTarget::Prepare).await?;
+        match self.link.reply().await? {
+            ToSource::Prepared => Ok(()),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    async fn precopy_and_switchover(&self) -> Result<Parked, MigrationError> {
+        self.begin(Phase::PreCopy);
+        let stage = Stage::default();
+        let source = self.vm.start_memory().await?;
+        if let Some(note) = self.vm.memory_note().await {
+            self.meter.note(note);
+        }
+        self.vm.set_memory_rate(MEMORY_RATE_BYTES_PER_S).await?;
+        let (state, state_seen) = watch::channel(SendState::default());
+        let pump = Pump::new(source, self.job.options.staging_bytes).run(&stage);
+        let sender = MemorySender::new(&self.link, &self.meter, &self.coding).run(&stage, &state);
+        let steer = async {
+            self.precopy(&stage, &state_seen).await?;
+            self.switchover(&stage).await
+        };
+        let ((), (), pausing) = tokio::try_join!(pump, sender, steer)?;
+        self.meter.superseded(stage.superseded_bytes());
+        self.vm.wait_parked().await?;
+        let Pausing { paused, collected, finishing, views } = pausing;
+        Ok(Parked { paused, collected, finishing, parked: Instant::now(), views })
+    }
+
+    /// Rounds of memory and disk, until the switchover would fit.
+    async fn precopy(
+        &self,
+        stage: &Stage,
+        state: &watch::Receiver<SendState>,
+    ) -> Result<(), MigrationError> {
+        let (enough, stop) = watch::channel(false);
+        let deciding = async {
+            let decided = self.until_convergence(stage, state).await;
+            enough.send_replace(true);
+            decided
+        };
+        let syncing = async {
+            // The guest writes its disks on while memory moves.
+            while !*stop.borrow() {
+                if self.vm.disk_delta_bytes().await? > SYNC_ENOUGH_BYTES {
+                    self.delta_round(Class::Blocks).await?;
+                } else {
+                    tokio::time::sleep(TICK).await;
+                }
+            }
+            Ok(())
+        };
+        tokio::try_join!(deciding, syncing).map(|_| ())
+    }
+
+    async fn until_convergence(
+        &self,
+        stage: &Stage,
+        state: &watch::Receiver<SendState>,
+    ) -> Result<(), MigrationError> {
+        let options = &self.job.options;
+        let mut convergence = Convergence::new(Budget {
+            target_ms: options.downtime_target_ms,
+            max_ms: options.downtime_max_ms,
+            deadline_ms: options.deadline_ms,
+        });
+        let began = Instant::now();
+        let mut synced = (0, Instant::now());
+        let mut ticks = tokio::time::interval(TICK);
+        let mut crossed = false;
+        loop {
+            ticks.tick().await;
+            if !crossed && stage.first_pass_done() {
+                crossed = true;
+                let ms = began.elapsed().as_millis();
+                tracing::info!(vm = self.job.vm, ms, "memory has crossed once");
+            }
+            let hypervisor = self.vm.memory_progress().await?;
+            if hypervisor.paused {
+                // Held back as far as it can be, it may still find that it has next to nothing
+                // left. Its guest stands still: every moment from here on is downtime.
+                stage.open();
+                tracing::info!(vm = self.job.vm, "the hypervisor paused the guest by itself");
+                return Ok(());
+            }
+            if hypervisor.passes != synced.0 {
+                synced = (hypervisor.passes, Instant::now());
+            }
+            let dirty_bytes_per_s = hypervisor.dirty_pages_per_s * PAGE_BYTES as u64;
+            // Its count of what remains is as of its last look at the dirty pages.
+            let since = (dirty_bytes_per_s as f64 * synced.1.elapsed().as_secs_f64()) as u64;
+            let sending = *state.borrow();
+            let path = self.link.stats();
+            let measured = Measured {
+                at_ms: began.elapsed().as_millis() as u64,
+                first_pass_done: stage.first_pass_done(),
+                remaining_bytes: hypervisor.remaining_bytes + since,
+                staged_bytes: stage.bytes(),
+                unapplied_wire_bytes: sending.unapplied_bytes,
+                disk_bytes: self.vm.disk_delta_bytes().await?,
+                dirty_bytes_per_s,
+                wire_per_page_byte: sending.wire_per_page_byte,
+                link_bytes_per_s: self.link.bytes_per_s(),
+                rtt_ms: path.rtt.as_secs_f64() * 1000.0,
+            };
+            if measured.first_pass_done && measured.disk_bytes <= 4 * SYNC_ENOUGH_BYTES {
+                stage.open();
+            }
+            match convergence.decide(&measured) {
+                Decision::Continue => {}
+                Decision::Switch { forecast_ms, within_target } => {
+                    tracing::info!(vm = self.job.vm, forecast_ms, ?measured, "switching over");
+                    if !within_target {
+                        self.meter.note(format!(
+                            "the guest stays too busy for a downtime of {:.0} ms: switched over \
+                             at a local minimum with {forecast_ms:.0} ms expected",
+                            options.downtime_target_ms
+                        ));
+                    }
+                    return Ok(());
+                }
+                Decision::GiveUp { reason } => {
+                    return Err(MigrationError::DoesNotConverge {
+                        vm: self.job.vm.clone(),
+                        reason,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Pause, last blocks, last pages, device state. The pump and the sender run beside this.
+    async fn switchover(&self, stage: &Stage) -> Result<Pausing, MigrationError> {
+        self.begin(Phase::Switchover);
+        self.meter.round();
+        let hook = self.site.hooks.before_switchover(&self.job.vm, &self.job.peer, Side::Source);
+        hook.await.map_err(|reason| {
+            refused(self.job, vec![format!("the hook before the switchover failed: {reason}")])
+        })?;
+        stage.flat_out();
+        self.vm.allow_switchover().await?;
+        self.vm.wait_paused().await?;
+        let paused = Instant::now();
+        let views = self.vm.disk_delta().await?;
+        self.send_views(&views, How::Push, Class::HandOver).await?;
+        let collected = Instant::now();
+        self.vm.finish_memory().await?;
+        Ok(Pausing { paused, collected, finishing: Instant::now(), views })
+    }
+
+    /// The seed is complete: the target keeps it, and writes are tracked on from here.
+    async fn keep_seed(&self, journal: &mut Journal) -> Result<Completed, MigrationError> {
+        let generation = rand::random();
+        self.link.tell(&ToTarget::Keep { generation }).await?;
+        match self.link.reply().await? {
+            ToSource::Kept => {}
+            other => return Err(self.unexpected(&other)),
+        }
+        self.vm.cleanup(true).await?;
+        let at = jiff::Timestamp::now().to_string();
+        let seed = Seed { peer: self.job.peer.clone(), generation, at };
+        self.site.seeds.insert(&self.job.vm, seed).map_err(|source| MigrationError::Io {
+            doing: "writing the seed book".into(),
+            source,
+        })?;
+        self.end_journal(journal);
+        self.link.close("the seed is complete");
+        Ok(self.meter.complete(self.at_ms(), self.link.wire_bytes(), None))
+    }
+
+    /// From here on the target decides.
+    async fn hand_over(
+        &self,
+        journal: &mut Journal,
+        parked: Parked,
+        dial: &dyn Dial,
+        progress: &watch::Sender<Progress>,
+    ) -> Result<Completed, MigrationError> {
+        let token = Token {
+            job: self.id,
+            disk_items: self.link.disk_items(),
+            memory_items: self.link.memory_items(),
+            run: self.was_running,
+        };
+        let half_trip_ms = self.link.stats().rtt.as_secs_f64() * 500.0;
+        let handing = settle::HandingOver {
+            vm: &*self.vm,
+            link: &self.link,
+            dial,
+            id: self.id,
+            name: &self.job.vm,
+            peer: &self.job.peer,
+            ran: self.was_running,
+        };
+        let sent = Instant::now();
+        let settled = handing.delegate(journal, token, |note| {
+            self.meter.note(note);
+            progress.send_replace(self.progress());
+        });
+        let times = settled.await?;
+        drop(parked.views);
+        let ms = |from: Instant, to: Instant| to.duration_since(from).as_secs_f64() * 1000.0;
+        let mut downtime = Downtime {
+            total_ms: (ms(parked.paused, Instant::now()) - half_trip_ms).max(0.0),
+            collect_ms: ms(parked.paused, parked.collected),
+            park_ms: ms(parked.finishing, parked.parked),
+            drain_ms: ms(parked.collected, parked.finishing) + ms(parked.parked, sent),
+            token_ms: 0.0,
+            load_ms: times.drain_ms + times.load_ms,
+            start_ms: times.start_ms,
+        };
+        let parts = downtime.collect_ms
+            + downtime.park_ms
+            + downtime.drain_ms
+            + downtime.load_ms
+            + downtime.start_ms;
+        downtime.token_ms = (downtime.total_ms - parts).max(0.0);
+        self.site.host.departed(&self.job.vm).await?;
+        self.end_journal(journal);
+        let hook = self.site.hooks.after_switchover(&self.job.vm, &self.job.peer, Side::Source);
+        if let Err(reason) = hook.await {
+            self.meter.note(format!("the hook after the switchover failed: {reason}"));
+        }
+        self.link.close("the VM has arrived");
+        Ok(self.meter.complete(self.at_ms(), self.link.wire_bytes(), Some(downtime)))
+    }
+
+    /// Gives the guest back and says so to the peer, in that order.
+    async fn give_up(&self, journal: &mut Journal, error: MigrationError) -> MigrationError {
+        let back = match self.vm.rollback(self.was_running).await {
+            Ok(()) => self.vm.cleanup(false).await,
+            Err(error) => Err(error),
+        };
+        let abort = ToTarget::Abort { reason: error.to_string() };
+        if let Err(error) = self.link.tell(&abort).await {
+            tracing::debug!(%error, "the peer learns of the abort by the end of the session");
+        }
+        self.link.close("the attempt was given up");
+        match back {
+            Ok(()) => {
+                self.end_journal(journal);
+                error
+            }
+            // The journal stays open: the agent tries again when it restarts.
+            Err(back) => {
+                tracing::error!(vm = self.job.vm, first = %error, "could not give the guest back");
+                back.into()
+            }
+        }
+    }
+
+    fn begin_journal(&self) -> Result<Journal, MigrationError> {
+        let began = Record::Began {
+            role: Role::Source,
+            vm: self.job.vm.clone(),
+            peer: self.job.peer.clone(),
+            was_running: self.was_running,
+            at: jiff::Timestamp::now().to_string(),
+        };
+        self.site.journals.begin(self.id, &began).map_err(|source| MigrationError::Io {
+            doing: "starting the journal: nothing was begun".into(),
+            source,
+        })
+    }
+
+    fn end_journal(&self, journal: &mut Journal) {
+        if let Err(error) = journal.append(&Record::Ended) {
+            // It only says that nothing is left to do: a restart finds that out again.
+            tracing::warn!(%error, "the end of the attempt could not be journaled");
+        }
+    }
+
+    fn begin(&self, phase: Phase) {
+        tracing::info!(vm = self.job.vm, %phase, "phase begins");
+        self.meter.begin(phase, self.at_ms(), self.link.wire_bytes());
+    }
+
+    fn progress(&self) -> Progress {
+        self.meter.progress(self.at_ms(), self.link.wire_bytes())
+    }
+
+    fn at_ms(&self) -> u64 {
+        self.start.elapsed().as_millis() as u64
+    }
+
+    fn unexpected(&self, reply: &ToSource) -> MigrationError {
+        MigrationError::protocol(&self.job.peer, format!("this answer was not expected: {reply:?}"))
+    }
+}
+
+fn refused(job: &Job, reasons: Vec<String>) -> MigrationError {
+    MigrationError::Refused { vm: job.vm.clone(), peer: job.peer.clone(), reasons }
+}
+
+/// Asks a peer why it cannot take a VM; empty if it can. Changes nothing at either end.
+pub async fn obstacles(
+    peer: &str,
+    session: Session,
+    vm: &crate::hypervisor::VmSpec,
+    disks: Vec<crate::hypervisor::DiskInfo>,
+) -> Result<Vec<String>, MigrationError> {
+    let vm = match vm.to_peer() {
+        Ok(vm) => vm,
+        Err(reasons) => return Ok(reasons),
+    };
+    let link = Link::new(peer, session)?;
+    let open = Open {
+        job: JobId::random(),
+        purpose: Purpose::Check,
+        vm,
+        disks: disks
+            .into_iter()
+            .map(|disk| DiskOffer { id: disk.id, bytes: disk.bytes, since: None })
+            .collect(),
+    };
+    link.tell(&ToTarget::Open(Box::new(open))).await?;
+    let answer = match link.reply().await? {
+        ToSource::Accepted { .. } => Ok(Vec::new()),
+        ToSource::Refused { reasons } => Ok(reasons),
+        other => Err(MigrationError::protocol(peer, format!("it answers {other:?}"))),
+    };
+    link.close("thank you");
+    answer
+}
