@@ -1,0 +1,106 @@
+//! Configurations as operators write them, and the refusals that they read.
+
+use super::*;
+use crate::hypervisor::spec::host::{AccelPreference, NetworkBackend};
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(Path::new("agent.toml"), text, &Overrides::default())
+}
+
+fn refusal(text: &str) -> String {
+    parse(text).unwrap_err().to_string()
+}
+
+#[test]
+fn a_name_is_enough() {
+    let config = parse("[agent]\nname = \"paris-1\"\n").unwrap();
+    assert_eq!(config.listen, "0.0.0.0:4873".parse().unwrap());
+    assert_eq!(config.control_socket(), Path::new("/run/longhaul/control.sock"));
+    assert_eq!(config.limits.downtime, Duration::from_millis(300));
+    assert_eq!(config.host.accel, AccelPreference::Auto);
+}
+
+#[test]
+fn everything_is_read() {
+    let config = parse(
+        r#"
+        [agent]
+        name = "paris-1"
+        listen = "[::]:4000"
+        state_dir = "/s"
+        run_dir = "/r"
+        [qemu]
+        system = "/opt/qemu"
+        accel = "tcg"
+        memory_max = "8G"
+        [pools]
+        default = "/images"
+        fast = "/nvme"
+        [networks]
+        lan = { bridge = "br0" }
+        out = { user = true }
+        dark = { none = true }
+        direct = { tap_script = "/etc/up", vhost = true }
+        [firmware]
+        ovmf = "/usr/share/OVMF/OVMF_CODE.fd"
+        [limits]
+        rate = "20M"
+        memory = "512M"
+        downtime_limit_ms = 150
+        [hooks]
+        before_switchover = "/etc/before"
+        timeout_s = 5
+        "#,
+    )
+    .unwrap();
+    assert_eq!(config.host.pools["fast"], Path::new("/nvme"));
+    assert_eq!(config.host.run_dir, Path::new("/r/vm"));
+    assert_eq!(config.host.memory_mib_max, 8192);
+    let bridge = NetworkBackend::Bridge { bridge: "br0".into(), helper: None };
+    assert_eq!(config.host.networks["lan"], bridge);
+    let script = PathBuf::from("/etc/up");
+    let tap = NetworkBackend::Tap { script, down_script: None, vhost: true };
+    assert_eq!(config.host.networks["direct"], tap);
+    assert_eq!(config.host.networks["dark"], NetworkBackend::None);
+    assert!(config.host.firmware.contains_key("ovmf"));
+    assert_eq!(config.limits.memory, ByteCount(512 << 20));
+    assert_eq!(config.limits.rate, "20M".parse().ok());
+    assert_eq!(config.hooks.timeout, Duration::from_secs(5));
+    assert_eq!(config.hooks.after_switchover, None);
+}
+
+#[test]
+fn flags_win_over_the_file() {
+    let overrides = Overrides { name: Some("lyon".into()), ..Overrides::default() };
+    let config = Config::parse(Path::new("f"), "[agent]\nname = \"paris\"", &overrides).unwrap();
+    assert_eq!(config.name, "lyon");
+    let overrides = Overrides { name: Some("a/b".into()), ..Overrides::default() };
+    let error = Config::parse(Path::new("f"), "[agent]\nname = \"paris\"", &overrides);
+    assert!(error.unwrap_err().to_string().starts_with("--name: `a/b` is not a name"));
+}
+
+#[test]
+fn refusals_name_file_line_and_remedy() {
+    for (text, expected) in [
+        ("[agent]\nnam = \"x\"", "agent.toml:2: unknown field `nam`"),
+        ("[agent]\nname = \"../x\"", "agent.toml:2: `../x` is not a name; use up to"),
+        ("[agent]\nname = \"x\"\nlisten = \"4873\"", "agent.toml:3: `4873` is not an address"),
+        ("[agent]\nname = \"x\"\n[pools]\ndefault = \"disks\"", "agent.toml:4: `disks` is not"),
+        ("[agent]\nname = \"x\"\n[limits]\n\nrate = \"fast\"", "agent.toml:5: `fast` is not a r"),
+        ("[agent]\nname = \"x\"\n[limits]\nmemory = \"1M\"", "agent.toml:4: 1M is too little"),
+        ("[agent]\nname = \"x\"\n[networks]\nlan = { user = true, bridge = \"b\" }", "exactly one"),
+        ("[agent]\nname = \"x\"\n[hooks]\ntimeout_s = 0", "agent.toml:4: 0 seconds"),
+        ("[agent]\nname = 5", "agent.toml:2: invalid type"),
+        ("", "agent.toml:1: missing field `agent`"),
+    ] {
+        let refusal = refusal(text);
+        assert!(refusal.contains(expected), "{text:?} gave {refusal:?}");
+        assert!(refusal.contains(';'), "no remedy in {refusal:?}");
+    }
+}
+
+#[test]
+fn a_missing_file_leads_to_init() {
+    let error = Config::load(Path::new("/nonexistent/agent.toml"), &Overrides::default());
+    assert!(error.unwrap_err().to_string().contains("`longhaul init`"));
+}

@@ -1,0 +1,430 @@
+//! What commands ask and agents answer.
+//!
+//! Invariant: these types are the JSON that scripts read, so a field is added, never renamed. They
+//! carry plain values; what they mean is decided by the agent.
+
+use std::fmt;
+
+use longhaul_transport::BitRate;
+use serde::{Deserialize, Serialize};
+
+use super::failure::Failure;
+use crate::migration::{Completed, Progress};
+
+/// What a command asks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// Everything worth knowing at a glance.
+    Status,
+    /// Who this agent is to others.
+    Whoami,
+    /// Who answers at an address; nothing is stored.
+    Probe {
+        /// Host and port.
+        address: String,
+    },
+    /// Trust a peer from now on.
+    PairAdd {
+        /// Its name here.
+        name: String,
+        /// Host and port.
+        address: String,
+        /// Its fingerprint, as it shows it.
+        fingerprint: String,
+    },
+    /// The peers that are trusted.
+    PairList,
+    /// Trust a peer no longer.
+    PairRemove {
+        /// Its name here.
+        name: String,
+    },
+    /// Start a VM.
+    VmStart(VmSource),
+    /// The VMs of this host.
+    VmList,
+    /// One VM.
+    VmShow {
+        /// Its name.
+        vm: String,
+    },
+    /// Shut a VM down.
+    VmStop {
+        /// Its name.
+        vm: String,
+        /// End its process at once instead of asking the guest.
+        force: bool,
+    },
+    /// Take a VM out of the agent's book; its process and images are left alone.
+    VmForget {
+        /// Its name.
+        vm: String,
+    },
+    /// Take over a VM that somebody else started.
+    VmAdopt {
+        /// Its QMP socket.
+        qmp: String,
+        /// The name that it gets; that of the socket's file if absent.
+        name: Option<String>,
+    },
+    /// Whether a VM could start here, or move to a peer.
+    VmCheck {
+        /// Which VM.
+        vm: VmSource,
+        /// The peer.
+        to: Option<String>,
+    },
+    /// Send a VM's disks ahead of time.
+    Seed(MoveRequest),
+    /// Forget that a VM's disks lie at a peer, and stop tracking what it writes.
+    SeedForget {
+        /// The VM.
+        vm: String,
+    },
+    /// Move a VM.
+    Migrate(MoveRequest),
+    /// Follow the job that moves a VM.
+    Watch {
+        /// The VM.
+        vm: String,
+    },
+    /// Stop the job that moves a VM; the guest runs on here.
+    Cancel {
+        /// The VM.
+        vm: String,
+    },
+}
+
+/// A VM by name, or by a description that was typed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmSource {
+    /// A VM that the agent knows.
+    Name(String),
+    /// A description.
+    Description {
+        /// The file it came from, for error messages.
+        origin: String,
+        /// The text.
+        text: String,
+    },
+}
+
+/// What a seed or migration should do.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MoveRequest {
+    /// The VM.
+    pub vm: String,
+    /// The peer's name here.
+    pub to: String,
+    /// Downtime that it may take; the agent's own limit if absent.
+    #[serde(default)]
+    pub downtime_limit_ms: Option<u64>,
+    /// Seconds after which it gives up; none if absent.
+    #[serde(default)]
+    pub deadline_s: Option<u64>,
+    /// Cap for this job; the agent's own cap holds in any case.
+    #[serde(default)]
+    pub rate: Option<BitRate>,
+    /// Answer as soon as the job is admitted, not when it ended.
+    #[serde(default)]
+    pub detach: bool,
+}
+
+/// One line of an answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// Something on the way.
+    Event(Event),
+    /// The end.
+    Response(Response),
+}
+
+/// Something on the way to the response.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Event {
+    /// A job was admitted; it goes on whether or not somebody watches.
+    Admitted(JobSummary),
+    /// Where the job is.
+    Progress(Progress),
+    /// Something an operator wants to know.
+    Note(String),
+}
+
+/// The end of an answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Response {
+    /// It was done.
+    Done(Reply),
+    /// It was not.
+    Failed(Failure),
+}
+
+/// What was done or asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// It was done, in one sentence.
+    Said(String),
+    /// Who this agent is.
+    Identity(OwnIdentity),
+    /// A fingerprint that was seen, and nothing more.
+    Probed {
+        /// Where.
+        address: String,
+        /// What answered.
+        fingerprint: String,
+    },
+    /// Peers by name.
+    Peers(Vec<PeerSummary>),
+    /// VMs by name.
+    Vms(Vec<VmSummary>),
+    /// One VM.
+    Vm(VmDetail),
+    /// What was found out about a VM.
+    Checked(Checked),
+    /// A VM that was taken over.
+    Adopted(Adopted),
+    /// A job that goes on by itself.
+    Started(JobSummary),
+    /// A job that reached its end.
+    Completed(Box<Completed>),
+    /// Everything worth knowing.
+    Status(Box<Status>),
+}
+
+/// Who an agent is to others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnIdentity {
+    /// Its name.
+    pub name: String,
+    /// Its fingerprint.
+    pub fingerprint: String,
+    /// The address that it listens on.
+    pub listen: String,
+    /// The address that others probably reach it at, if one is known.
+    pub reachable: Option<String>,
+}
+
+/// A peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerSummary {
+    /// Its name here.
+    pub name: String,
+    /// Host and port.
+    pub address: String,
+    /// Its fingerprint.
+    pub fingerprint: String,
+}
+
+/// A VM in one line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSummary {
+    /// Its name.
+    pub name: String,
+    /// `running`, `paused`, `stopped`, .. or why that is not known.
+    pub state: String,
+    /// Memory of the guest.
+    pub memory_bytes: u64,
+    /// Number of processors.
+    pub cpus: u32,
+    /// Number of disks.
+    pub disks: u32,
+    /// Whether somebody else started it.
+    pub adopted: bool,
+}
+
+/// A VM, whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDetail {
+    /// In one line.
+    pub summary: VmSummary,
+    /// Its QMP socket.
+    pub qmp: Option<String>,
+    /// Its description, as a file for `vm start` would have it.
+    pub description: String,
+}
+
+/// What was found out about a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checked {
+    /// The VM.
+    pub vm: String,
+    /// The peer that it could move to, if that was asked.
+    pub to: Option<String>,
+    /// Why it cannot start or move; empty if it can.
+    pub obstacles: Vec<String>,
+}
+
+/// A VM that was taken over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adopted {
+    /// The VM.
+    pub vm: String,
+    /// The file that describes it now.
+    pub file: String,
+    /// What of the running VM the description does not hold; empty if it is whole.
+    pub not_understood: Vec<String>,
+    /// What the description leaves out because it concerns this host only.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+/// What a job does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JobKind {
+    /// Sends disks ahead of time.
+    Seed,
+    /// Moves a VM.
+    Migrate,
+}
+
+impl JobKind {
+    /// The thing rather than the deed: `migration` for `migrate`.
+    pub fn noun(self) -> &'static str {
+        match self {
+            Self::Seed => "seed",
+            Self::Migrate => "migration",
+        }
+    }
+}
+
+impl fmt::Display for JobKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Seed => "seed",
+            Self::Migrate => "migrate",
+        })
+    }
+}
+
+/// A job that runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobSummary {
+    /// Its number, unique at this agent.
+    pub id: u64,
+    /// What it does.
+    pub kind: JobKind,
+    /// The VM.
+    pub vm: String,
+    /// The peer's name here.
+    pub peer: String,
+    /// When it started.
+    pub started: jiff::Timestamp,
+    /// Where it is.
+    pub progress: Progress,
+}
+
+/// A job that ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// Its number.
+    pub id: u64,
+    /// What it did.
+    pub kind: JobKind,
+    /// The VM.
+    pub vm: String,
+    /// The peer's name here.
+    pub peer: String,
+    /// When it started.
+    pub started: jiff::Timestamp,
+    /// When it ended.
+    pub ended: jiff::Timestamp,
+    /// How it ended.
+    pub outcome: JobOutcome,
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JobOutcome {
+    /// As it should.
+    Completed(Box<Completed>),
+    /// Otherwise.
+    Failed(Failure),
+}
+
+/// A hand-over that is in doubt: the VM stays paused until the other side's journal is known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InDoubt {
+    /// The VM.
+    pub vm: String,
+    /// The other side's name here.
+    pub peer: String,
+    /// Since when.
+    pub since: Option<jiff::Timestamp>,
+    /// What is known, in a sentence.
+    pub detail: String,
+}
+
+/// Everything worth knowing at a glance.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the agent's program.
+    pub version: String,
+    /// Who it is.
+    pub identity: OwnIdentity,
+    /// Its VMs.
+    pub vms: Vec<VmSummary>,
+    /// Its peers.
+    pub peers: Vec<PeerSummary>,
+    /// What runs.
+    pub jobs: Vec<JobSummary>,
+    /// What an operator must look at.
+    pub in_doubt: Vec<InDoubt>,
+    /// What ended lately, newest first.
+    pub recent: Vec<JobRecord>,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{from_value, json, to_value};
+
+    use super::*;
+
+    /// The JSON that scripts write and read; what is here may get more fields and loses none.
+    #[test]
+    fn the_language_keeps_its_spelling() {
+        let requests = [
+            (json!("status"), Request::Status),
+            (json!({"watch": {"vm": "db1"}}), Request::Watch { vm: "db1".into() }),
+            (json!({"vm-start": {"name": "db1"}}), Request::VmStart(VmSource::Name("db1".into()))),
+            (
+                json!({"migrate": {"vm": "db1", "to": "lyon", "rate": "20M"}}),
+                Request::Migrate(MoveRequest {
+                    vm: "db1".into(),
+                    to: "lyon".into(),
+                    downtime_limit_ms: None,
+                    deadline_s: None,
+                    rate: "20M".parse().ok(),
+                    detach: false,
+                }),
+            ),
+        ];
+        for (written, meant) in requests {
+            assert_eq!(from_value::<Request>(written).unwrap(), meant);
+            let read_back = from_value::<Request>(to_value(&meant).unwrap()).unwrap();
+            assert_eq!(read_back, meant);
+        }
+        let failed = Answer::Response(Response::Failed(Failure::refused("no", "ask again")));
+        let failed_json = json!({"response": {"failed":
+            {"kind": "refused", "what": "no", "state": "", "next": "ask again"}}});
+        assert_eq!(to_value(&failed).unwrap(), failed_json);
+        let note = Answer::Event(Event::Note("link down".into()));
+        assert_eq!(to_value(&note).unwrap(), json!({"event": {"note": "link down"}}));
+        let completed = Completed { vm: "db1".into(), ..Completed::default() };
+        let done = Answer::Response(Response::Done(Reply::Completed(Box::new(completed))));
+        assert_eq!(to_value(&done).unwrap()["response"]["done"]["completed"]["vm"], "db1");
+    }
+
+    #[test]
+    fn a_newer_answer_with_more_fields_is_understood() {
+        let peer = json!({"name": "lyon", "address": "a:1", "fingerprint": "LH", "colour": "red"});
+        assert_eq!(from_value::<PeerSummary>(peer).unwrap().name, "lyon");
+    }
+}

@@ -1,0 +1,35 @@
+//! How a command talks to the agent of its host: JSON lines over a unix socket.
+//!
+//! ```text
+//! command                                   agent
+//!    |-- {"longhaul":1,"body":Request} ------->|
+//!    |<------- {"longhaul":1,"body":{"event":Event}} --|   any number, while a job runs
+//!    |<------- {"longhaul":1,"body":{"response":..}} --|   exactly one, then both close
+//! ```
+//!
+//! Invariants: one request per connection; every line names the protocol's version before anything
+//! else in it is believed; a line has at most [`LINE_BYTES_MAX`] bytes. This is the only language
+//! between commands and the agent: what a command can do, a script can do through the socket. The
+//! socket has mode 0600, so whoever may open it may do everything; there is no second check.
+
+mod client;
+mod failure;
+mod line;
+mod message;
+
+pub use client::{Call, CallError, call};
+pub use failure::{Failure, FailureKind, chain};
+pub use line::{LineError, read_line, write_line};
+pub use longhaul_transport::BitRate;
+pub use message::{
+    Adopted, Answer, Checked, Event, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary,
+    MoveRequest, OwnIdentity, PeerSummary, Reply, Request, Response, Status, VmDetail, VmSource,
+    VmSummary,
+};
+
+/// Version of this language; raised when an old command or agent would misread the new one.
+pub const VERSION: u16 = 1;
+
+/// Longest line in either direction, its end included. A VM description of a few KiB and a status
+/// with all of an agent's VMs and jobs stay far below.
+pub const LINE_BYTES_MAX: usize = 1 << 20;
