@@ -1,0 +1,300 @@
+//! What the agent does for each request.
+//!
+//! Invariant: this is where the parts meet, and nothing is decided here: whether a job may start is
+//! `admission`'s, whom to trust `peers`', what a VM is `registry`'s, how it moves the mover's.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use longhaul_transport::{Endpoint, Fingerprint};
+
+use super::admission::Wish;
+use super::jobs::{Follow, Jobs, MoveOptions, Mover};
+use super::peers::{Peer, PeerBook, PeersError, full_address};
+use super::registry::Registry;
+use crate::config::{Config, Problem, valid_downtime_limit};
+use crate::control::{
+    Checked, Failure, FailureKind, JobKind, JobOutcome, JobSummary, MoveRequest, OwnIdentity,
+    PeerSummary, Reply, Request, Status, VmSource, chain,
+};
+
+/// Ended jobs in a status.
+const RECENT_MAX: usize = 10;
+/// Time for a cancelled job to give the guest back.
+const CANCEL_WAIT: Duration = Duration::from_secs(120);
+/// Time for a peer to answer while it is paired; it may be down, and is then trusted all the same.
+const PAIR_PROBE_WAIT: Duration = Duration::from_secs(3);
+/// Addresses of one name that are tried.
+const ADDRESSES_MAX: usize = 4;
+/// A year: a deadline beyond it is none.
+const DEADLINE_S_MAX: u64 = 366 * 24 * 3600;
+
+/// Where requests arrive.
+pub(crate) struct Desk {
+    pub(crate) config: Arc<Config>,
+    pub(crate) own: Fingerprint,
+    pub(crate) listen: SocketAddr,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) peers: Arc<PeerBook>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) jobs: Arc<Jobs>,
+    pub(crate) mover: Arc<dyn Mover>,
+}
+
+/// What comes of a request.
+pub(crate) enum Reaction {
+    /// This, at once.
+    Answer(Box<Result<Reply, Failure>>),
+    /// A job that is worth watching.
+    Follow(Follow),
+}
+
+impl Desk {
+    pub(crate) async fn react(&self, request: Request) -> Reaction {
+        let followed = match request {
+            Request::Seed(wish) => self.start(JobKind::Seed, wish).await,
+            Request::Migrate(wish) => self.start(JobKind::Migrate, wish).await,
+            Request::Watch { vm } => self.jobs.follow(&vm).map(Reaction::Follow),
+            other => Ok(Reaction::Answer(Box::new(self.answer(other).await))),
+        };
+        followed.unwrap_or_else(|failure| Reaction::Answer(Box::new(Err(failure))))
+    }
+
+    async fn answer(&self, request: Request) -> Result<Reply, Failure> {
+        match request {
+            Request::Status => Ok(Reply::Status(Box::new(self.status().await))),
+            Request::Whoami => Ok(Reply::Identity(self.identity())),
+            Request::Probe { address } => self.probe(&address).await,
+            Request::PairAdd { name, address, fingerprint } => {
+                self.pair(name, address, &fingerprint).await
+            }
+            Request::PairList => {
+                Ok(Reply::Peers(self.peers.list().into_iter().map(summary).collect()))
+            }
+            Request::PairRemove { name } => {
+                let peer = self.peers.remove(&name).map_err(peers_failure)?;
+                tracing::info!(peer = name, fingerprint = %peer.fingerprint, "trusted no longer");
+                Ok(Reply::Said(format!("{name} is trusted no longer")))
+            }
+            Request::VmStart(source) => {
+                let name = self.registry.name_of(&source)?;
+                self.refuse_while_moving("start", &name).await?;
+                self.registry.start(source).await.map(Reply::Said)
+            }
+            Request::VmList => Ok(Reply::Vms(self.registry.list().await)),
+            Request::VmShow { vm } => self.registry.show(&vm).await.map(Reply::Vm),
+            Request::VmStop { vm, force } => {
+                self.refuse_while_moving("stop", &vm).await?;
+                self.registry.stop(&vm, force).await.map(Reply::Said)
+            }
+            Request::VmForget { vm } => {
+                self.refuse_while_moving("forget", &vm).await?;
+                self.registry.forget(&vm).await.map(Reply::Said)
+            }
+            Request::SeedForget { vm } => {
+                self.refuse_while_moving("forget the seed of", &vm).await?;
+                match self.mover.forget_seed(&vm).await? {
+                    true => Ok(Reply::Said(format!("the seed of {vm} is forgotten"))),
+                    false => Err(Failure::refused(format!("{vm} is seeded nowhere"), "")),
+                }
+            }
+            Request::VmAdopt { qmp, name } => {
+                self.registry.adopt(qmp.as_ref(), name).await.map(Reply::Adopted)
+            }
+            Request::VmCheck { vm, to } => self.check(vm, to).await,
+            Request::Cancel { vm } => self.cancel(&vm).await,
+            // Answered by `react`.
+            Request::Seed(_) | Request::Migrate(_) | Request::Watch { .. } => {
+                Err(Failure::refused("this request starts or follows a job", ""))
+            }
+        }
+    }
+
+    /// What moves, or may run elsewhere, is not touched by hand.
+    async fn refuse_while_moving(&self, deed: &str, vm: &str) -> Result<(), Failure> {
+        if let Ok(job) = self.jobs.follow(vm) {
+            let JobSummary { kind, peer, .. } = job.summary();
+            let what = format!("cannot {deed} {vm}: a job moves it ({kind} to {peer})");
+            return Err(Failure::refused(what, format!("`longhaul cancel {vm}` first")));
+        }
+        if self.is_in_doubt(vm).await {
+            let what = format!("cannot {deed} {vm}: its last hand-over is in doubt");
+            return Err(Failure::refused(what, "`longhaul status` tells what is known about it"));
+        }
+        Ok(())
+    }
+
+    async fn is_in_doubt(&self, vm: &str) -> bool {
+        self.mover.in_doubt().await.iter().any(|doubt| doubt.vm == vm)
+    }
+
+    async fn start(&self, kind: JobKind, wish: MoveRequest) -> Result<Reaction, Failure> {
+        let MoveRequest { vm, to, downtime_limit_ms, deadline_s, rate, detach } = wish;
+        let peer = self.peers.get(&to).map_err(problem_failure)?;
+        let default_ms = u64::try_from(self.config.limits.downtime.as_millis());
+        let downtime_limit_ms = match downtime_limit_ms {
+            Some(ms) => valid_downtime_limit(ms).map_err(problem_failure)?,
+            None => default_ms.unwrap_or(u64::MAX),
+        };
+        let options = MoveOptions { downtime_limit_ms, deadline_s, rate };
+        if deadline_s.is_some_and(|s| s > DEADLINE_S_MAX) {
+            return Err(Failure::refused("the deadline is more than a year away", "leave it out"));
+        }
+        let in_doubt = self.is_in_doubt(&vm).await;
+        let vm_known = self.registry.knows(&vm);
+        let wish = Wish { kind, vm, vm_known, in_doubt };
+        let follow = self.jobs.start(&wish, peer, options)?;
+        if detach {
+            return Ok(Reaction::Answer(Box::new(Ok(Reply::Started(follow.summary())))));
+        }
+        Ok(Reaction::Follow(follow))
+    }
+
+    async fn cancel(&self, vm: &str) -> Result<Reply, Failure> {
+        let mut follow = self.jobs.cancel(vm)?;
+        let noun = follow.summary().kind.noun();
+        let Ok(outcome) = tokio::time::timeout(CANCEL_WAIT, follow.outcome()).await else {
+            let what = format!("the {noun} of {vm} has not ended yet");
+            let state = "it will end as soon as it can".to_owned();
+            return Err(Failure::failed(what, state, format!("`longhaul watch {vm}` follows it")));
+        };
+        match outcome {
+            JobOutcome::Failed(failure) if failure.kind == FailureKind::Cancelled => {
+                let parts = [format!("the {noun} of {vm} is cancelled"), failure.state];
+                let said = parts.iter().filter(|part| !part.is_empty()).map(String::as_str);
+                Ok(Reply::Said(said.collect::<Vec<_>>().join("; ")))
+            }
+            JobOutcome::Failed(failure) => Err(failure),
+            JobOutcome::Completed(_) => {
+                let what = format!("the {noun} of {vm} was done before it could be cancelled");
+                Err(Failure::refused(what, "`longhaul status` shows its report"))
+            }
+        }
+    }
+
+    async fn check(&self, source: VmSource, to: Option<String>) -> Result<Reply, Failure> {
+        let peer = to.as_deref().map(|name| self.peers.get(name)).transpose();
+        let peer = peer.map_err(problem_failure)?;
+        let (spec, mut obstacles) = self.registry.check(source, peer.is_some()).await?;
+        if let Some(peer) = &peer
+            && obstacles.is_empty()
+        {
+            obstacles = self.mover.obstacles_at(&spec, peer).await?;
+        }
+        Ok(Reply::Checked(Checked { vm: spec.name, to, obstacles }))
+    }
+
+    async fn probe(&self, address: &str) -> Result<Reply, Failure> {
+        let address = full_address(address).map_err(problem_failure)?;
+        match self.who_answers(&address).await {
+            Ok(fingerprint) => Ok(Reply::Probed { address, fingerprint: fingerprint.to_string() }),
+            Err(why) => {
+                let next = "is its agent running, and is its UDP port open on the way?";
+                Err(Failure::failed(format!("nobody was found at {address}: {why}"), "", next))
+            }
+        }
+    }
+
+    /// The fingerprint of the agent at `address` (host and port), or why there is none.
+    async fn who_answers(&self, address: &str) -> Result<Fingerprint, String> {
+        let resolved = tokio::net::lookup_host(address).await.map_err(|error| error.to_string())?;
+        let mut why = "the name has no address".to_owned();
+        for candidate in resolved.take(ADDRESSES_MAX) {
+            match self.endpoint.probe(candidate).await {
+                Ok(fingerprint) => return Ok(fingerprint),
+                Err(error) => why = chain(&error),
+            }
+        }
+        Err(why)
+    }
+
+    async fn pair(
+        &self,
+        name: String,
+        address: String,
+        fingerprint: &str,
+    ) -> Result<Reply, Failure> {
+        let fingerprint = fingerprint.parse().map_err(|error| {
+            Failure::refused(
+                format!("this is not a fingerprint: {error}"),
+                format!("`longhaul pair` on {name} shows it"),
+            )
+        })?;
+        let address = full_address(&address).map_err(problem_failure)?;
+        // The other host may be down just now; but if somebody answers, it should be the right one.
+        let answer = tokio::time::timeout(PAIR_PROBE_WAIT, self.who_answers(&address)).await;
+        if let Ok(Ok(other)) = answer
+            && other != fingerprint
+        {
+            tracing::warn!(peer = name, address, typed = %fingerprint, answered = %other,
+                "another identity than the typed one answers");
+            return Err(Failure::refused(
+                format!("the agent at {address} is {other}, not {fingerprint}"),
+                format!("compare with what `longhaul pair` on {name} shows; nobody new is trusted"),
+            ));
+        }
+        let reached = matches!(answer, Ok(Ok(_)));
+        let peer = self.peers.add(Peer { name, address, fingerprint }).map_err(peers_failure)?;
+        let Peer { name, address, fingerprint } = peer;
+        tracing::info!(peer = name, address, %fingerprint, "trusted from now on");
+        let remark = match reached {
+            true => "it must trust this host too",
+            false => "nobody answers there yet; it must trust this host too",
+        };
+        Ok(Reply::Said(format!("{name} ({address}) is trusted; {remark}")))
+    }
+
+    async fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            identity: self.identity(),
+            vms: self.registry.list().await,
+            peers: self.peers.list().into_iter().map(summary).collect(),
+            jobs: self.jobs.summaries(),
+            in_doubt: self.mover.in_doubt().await,
+            recent: self.jobs.recent(RECENT_MAX),
+        }
+    }
+
+    fn identity(&self) -> OwnIdentity {
+        OwnIdentity {
+            name: self.config.name.clone(),
+            fingerprint: self.own.to_string(),
+            listen: self.listen.to_string(),
+            reachable: reachable(self.listen).map(|address| address.to_string()),
+        }
+    }
+}
+
+/// The address that peers probably reach this host at: the listening one, or the one that the
+/// system would send from. Nothing is sent: connecting a UDP socket only asks the routing table.
+fn reachable(listen: SocketAddr) -> Option<SocketAddr> {
+    if !listen.ip().is_unspecified() {
+        return Some(listen);
+    }
+    // Documentation addresses (RFC 5737, RFC 3849): any that take the default route would do.
+    let (from, to) = match listen {
+        SocketAddr::V4(_) => ("0.0.0.0:0", "198.51.100.1:9"),
+        SocketAddr::V6(_) => ("[::]:0", "[2001:db8::1]:9"),
+    };
+    let socket = UdpSocket::bind(from).ok()?;
+    socket.connect(to).ok()?;
+    Some(SocketAddr::new(socket.local_addr().ok()?.ip(), listen.port()))
+}
+
+fn summary(peer: Peer) -> PeerSummary {
+    let Peer { name, address, fingerprint } = peer;
+    PeerSummary { name, address, fingerprint: fingerprint.to_string() }
+}
+
+fn problem_failure(problem: Problem) -> Failure {
+    Failure::refused(problem.what, problem.remedy)
+}
+
+fn peers_failure(error: PeersError) -> Failure {
+    match error {
+        PeersError::Refused(problem) => problem_failure(problem),
+        other => Failure::failed(chain(&other), "nothing was changed", "see the agent's log"),
+    }
+}

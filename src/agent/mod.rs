@@ -1,0 +1,206 @@
+//! The daemon of a host: everything that outlives a command.
+//!
+//! ```text
+//! command --> server --> answer --> { peers, registry, jobs --> Mover --> migration }
+//! peer    --> incoming ------------------------------------------^
+//! ```
+//!
+//! Invariants: one agent per state folder; what must survive a restart is on disk before anybody is
+//! told; stopping aborts jobs safely and leaves guests alone.
+
+pub mod admission;
+mod answer;
+pub mod book;
+pub mod cancel;
+mod durable;
+mod history;
+pub mod hooks;
+mod incoming;
+pub mod jobs;
+mod lock;
+pub mod mover;
+pub mod peers;
+pub mod registry;
+mod server;
+pub mod setup;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use longhaul_transport::{BindError, Endpoint, Identity, IdentityError, RateLimiter, Tuning};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::config::Config;
+use crate::hypervisor::qemu::probe::KvmProbe;
+use crate::hypervisor::spec::host::{AccelPreference, HostPolicy};
+use answer::Desk;
+use book::{Book, BookError};
+use cancel::{CancelReason, CancelToken};
+use history::History;
+use hooks::Hooks;
+use jobs::{Jobs, Mover};
+use lock::{InstanceLock, LockError};
+use peers::{PeerBook, PeersError};
+use registry::Registry;
+use server::ControlSocket;
+
+/// Time that jobs and sessions have to end safely when the agent stops. A service manager must give
+/// more (systemd's default is 90 s).
+const STOP_WAIT: Duration = Duration::from_secs(60);
+
+/// Why an agent could not run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Another agent uses the state folder.
+    #[error(
+        "another agent{} uses {} already",
+        pid.map(|pid| format!(" (process {pid})")).unwrap_or_default(),
+        state_dir.display()
+    )]
+    Taken {
+        /// Its process id, if it is known.
+        pid: Option<u32>,
+        /// The state folder.
+        state_dir: PathBuf,
+    },
+    /// A file, folder or socket of the agent's own cannot be used.
+    #[error("while {doing} {}", path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The identity cannot be used.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The list of peers cannot be used.
+    #[error(transparent)]
+    Peers(#[from] PeersError),
+    /// The VMs cannot be found.
+    #[error(transparent)]
+    Book(#[from] BookError),
+    /// The network cannot be used.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+}
+
+/// What a mover works with.
+#[derive(Clone)]
+pub struct Parts {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// Connections to peers.
+    pub endpoint: Endpoint,
+    /// Who they are.
+    pub peers: Arc<PeerBook>,
+    /// The VMs of this host.
+    pub registry: Arc<Registry>,
+    /// The operator's programs.
+    pub hooks: Hooks,
+    /// The cap on what all jobs send.
+    pub rate: RateLimiter,
+}
+
+/// Runs an agent until SIGTERM or SIGINT. `mover` is made once, when all its parts are there.
+///
+/// # Errors
+/// The agent could not start. Once it runs, failures are answers to commands and log lines.
+pub async fn run(
+    config: Config,
+    mover: impl FnOnce(Parts) -> io::Result<Arc<dyn Mover>>,
+) -> Result<(), AgentError> {
+    let config = Arc::new(config);
+    let (state_dir, run_dir) = (&config.state_dir, &config.run_dir);
+    for dir in [state_dir, run_dir, &config.image_tools.run_dir] {
+        setup::make_dir(dir).map_err(io_error("making", dir))?;
+    }
+    let lock_file = state_dir.join("agent.lock");
+    let _lock = InstanceLock::take(&lock_file).map_err(|error| match error {
+        LockError::Taken(pid) => AgentError::Taken { pid, state_dir: state_dir.clone() },
+        LockError::Io(source) => io_error("locking", &lock_file)(source),
+    })?;
+
+    let identity = Identity::load_or_create(state_dir)?;
+    let own = identity.fingerprint();
+    let peers = Arc::new(PeerBook::load(&state_dir.join("peers.toml"), own)?);
+    let book = Arc::new(Book::open(state_dir, config.host.pools.clone())?);
+    let registry = Arc::new(Registry::new(book, with_kvm_probed(&config.host).await));
+    let history_file = state_dir.join("history.jsonl");
+    let history = History::load(&history_file).map_err(io_error("reading", &history_file))?;
+    let rate = RateLimiter::new();
+    rate.set_agent(config.limits.rate);
+    let trust = Arc::clone(&peers);
+    let endpoint = Endpoint::bind(config.listen, &identity, trust, Tuning::default())?;
+    let listen = endpoint.local_addr();
+    let mover = mover(Parts {
+        config: Arc::clone(&config),
+        endpoint: endpoint.clone(),
+        peers: Arc::clone(&peers),
+        registry: Arc::clone(&registry),
+        hooks: Hooks::new(config.hooks.clone()),
+        rate,
+    })
+    .map_err(io_error("reading the journals in", state_dir))?;
+    let jobs = Arc::new(Jobs::new(Arc::clone(&mover), history));
+    // Signals are caught before anybody can know that the agent runs.
+    let caught = |kind| signal(kind).map_err(io_error("catching signals for", &lock_file));
+    let (mut terminate, mut interrupt) =
+        (caught(SignalKind::terminate())?, caught(SignalKind::interrupt())?);
+
+    let socket_path = config.control_socket();
+    let socket = ControlSocket::bind(&socket_path).map_err(io_error("binding", &socket_path))?;
+    let desk = Arc::new(Desk {
+        config: Arc::clone(&config),
+        own,
+        listen,
+        endpoint: endpoint.clone(),
+        peers: Arc::clone(&peers),
+        registry,
+        jobs: Arc::clone(&jobs),
+        mover: Arc::clone(&mover),
+    });
+    let stopping = CancelToken::new();
+    let serving =
+        tokio::spawn(incoming::serve(endpoint.clone(), peers, mover, stopping.clone(), STOP_WAIT));
+    tracing::info!(
+        name = config.name, fingerprint = %own, %listen, control = %socket_path.display(),
+        version = env!("CARGO_PKG_VERSION"), "agent runs"
+    );
+
+    let signal = tokio::select! {
+        () = socket.serve(desk) => "none",
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    tracing::info!(signal, "agent stops: jobs are aborted safely, guests run on");
+    drop(socket);
+    stopping.cancel(CancelReason::Stopping);
+    let (left, _) = tokio::join!(jobs.stop(STOP_WAIT), serving);
+    if left > 0 {
+        tracing::error!(jobs = left, "jobs did not end in time: their journals say what holds");
+    }
+    endpoint.close().await;
+    tracing::info!("agent stopped");
+    Ok(())
+}
+
+/// The policy, with what a probe says of KVM: a device node alone proves nothing.
+async fn with_kvm_probed(policy: &HostPolicy) -> HostPolicy {
+    let mut policy = policy.clone();
+    if policy.accel != AccelPreference::Tcg {
+        let answer = KvmProbe::default().answer(&policy.qemu, &policy.run_dir).await.clone();
+        policy.kvm_works = answer.works;
+    }
+    policy
+}
+
+fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> AgentError + use<> {
+    let path = path.to_owned();
+    move |source| AgentError::Io { doing, path, source }
+}
