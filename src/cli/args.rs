@@ -1,0 +1,375 @@
+//! What can be typed.
+//!
+//! Invariant: every command's help ends with an example that works as it stands, apart from names.
+//! Amounts are parsed here, so a wrong one is a usage error and nothing was attempted.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::control::BitRate;
+use crate::units::parse_duration;
+
+/// Exit codes, as they are documented in the help.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    failed, safely: a guest that ran runs on where it was
+  2    refused: the command or a file is wrong, nothing was attempted
+  3    in doubt: which side may run the VM has to be found out (`longhaul status`)
+  4    no agent answers on this host
+  5    cancelled: the guest runs on where it was
+  130  Ctrl-C: this command stopped watching, the job goes on in the agent
+
+Example:
+  longhaul init && longhaul agent &
+  longhaul pair lyon 203.0.113.7:4873
+  longhaul migrate db1 --to lyon";
+
+/// Moves running virtual machines between data centres over the public internet.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100, after_help = EXIT_CODES)]
+#[command(disable_help_subcommand = true, subcommand_required = true)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// The command.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// The agent's configuration [default: /etc/longhaul/agent.toml]
+    #[arg(
+        long,
+        global = true,
+        env = "LONGHAUL_CONFIG",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    pub config: Option<PathBuf>,
+    /// The agent's socket [default: as the configuration says, else /run/longhaul/control.sock]
+    #[arg(
+        long,
+        global = true,
+        env = "LONGHAUL_SOCKET",
+        value_name = "PATH",
+        hide_env_values = true
+    )]
+    pub socket: Option<PathBuf>,
+    /// Print JSON: one document per line
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write a configuration and create this host's identity
+    #[command(after_help = "\
+Nothing that exists is overwritten. With --dir everything lies below one folder, which is handy to
+try two agents on one host.
+
+Example:
+  longhaul init --name paris")]
+    Init(InitArgs),
+    /// Run this host's agent in the foreground
+    #[command(after_help = "\
+SIGTERM and Ctrl-C stop it gracefully: running jobs are aborted safely and guests run on. Guests do
+not stop with the agent; the next one finds them again.
+
+Logs go to stderr; LONGHAUL_LOG sets their level (error, warn, info, debug, trace).
+
+As a systemd service; without KillMode=process systemd would end the guests with their agent:
+  [Service]
+  ExecStart=/usr/local/bin/longhaul agent
+  KillMode=process
+  TimeoutStopSec=90
+  Restart=on-failure
+  RestartPreventExitStatus=2
+
+Example:
+  longhaul agent --config /etc/longhaul/agent.toml")]
+    Agent(AgentArgs),
+    /// Show who this host is, or trust a peer
+    #[command(after_help = "\
+Both hosts must trust each other: run `longhaul pair` on each, and type what it shows on the other.
+Without FINGERPRINT the one that answers at ADDRESS is shown and asked about: compare it with what
+the other host's `longhaul pair` shows before you say yes.
+
+Example:
+  longhaul pair                                # who am I
+  longhaul pair lyon 203.0.113.7:4873 LH-4Q2A-...
+  longhaul pair --list")]
+    Pair(PairArgs),
+    /// Start, stop, show and check the VMs of this host
+    #[command(subcommand, after_help = "Example:\n  longhaul vm start db1.toml")]
+    Vm(VmCommand),
+    /// Send a VM's disks ahead of time, while it runs
+    #[command(after_help = "\
+A seed can be stopped at any time and started again: what has arrived stays and is not sent twice.
+It yields to other traffic on the link. From then on the VM's writes are tracked, so that the next
+seed or migration sends only those; --forget ends that.
+
+Example:
+  longhaul seed db1 --to lyon --rate 20M
+  longhaul seed db1 --forget")]
+    Seed(SeedArgs),
+    /// Move a running VM to a peer
+    #[command(after_help = "\
+Until the hand-over any failure leaves the guest running here. The job belongs to the agent: Ctrl-C
+or a lost terminal ends this command, not the migration; `longhaul watch` follows it again and
+`longhaul cancel` stops it. With --attached, Ctrl-C cancels the migration instead.
+
+Example:
+  longhaul migrate db1 --to lyon --downtime-limit 300ms --deadline 2h")]
+    Migrate(MigrateArgs),
+    /// Follow the job that moves a VM
+    #[command(after_help = "\
+The exit code is that of the job, as if it had been started by this command.
+
+Example:
+  longhaul watch db1")]
+    Watch(VmName),
+    /// Show VMs, jobs, peers and hand-overs in doubt
+    #[command(after_help = "\
+Example:
+  longhaul status
+  longhaul status --json | jq '.jobs[].progress.payload_bytes'")]
+    Status,
+    /// Stop the job that moves a VM; the guest runs on here
+    #[command(after_help = "\
+What the target has received stays there, so the next try is short.
+
+Example:
+  longhaul cancel db1")]
+    Cancel(VmName),
+}
+
+/// Arguments of `init`.
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Put configuration, state, sockets and images below this folder
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// This host's name, as peers will show it [default: the host name]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// UDP address for peers
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:4873")]
+    pub listen: SocketAddr,
+}
+
+/// Arguments of `agent`.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// Replaces agent.name
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Replaces agent.listen
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<SocketAddr>,
+    /// Replaces agent.state_dir
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Replaces agent.run_dir
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// How log lines look
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON document per line.
+    Json,
+}
+
+/// Arguments of `pair`.
+#[derive(Debug, Args)]
+pub struct PairArgs {
+    /// Name for the peer at this host
+    #[arg(requires = "address")]
+    pub name: Option<String>,
+    /// Where it is reached: host:port, or a host alone for port 4873
+    pub address: Option<String>,
+    /// Its fingerprint, as its own `longhaul pair` shows it
+    pub fingerprint: Option<String>,
+    /// List the peers
+    #[arg(long, conflicts_with_all = ["name", "remove"])]
+    pub list: bool,
+    /// Trust this peer no longer
+    #[arg(long, value_name = "NAME", conflicts_with = "name")]
+    pub remove: Option<String>,
+}
+
+/// Commands about VMs.
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Start a VM from its description, or one that was started before
+    #[command(after_help = "Example:\n  longhaul vm start db1.toml\n  longhaul vm start db1")]
+    Start {
+        /// A description (a path with a `/` or ending in .toml) or the name of a VM
+        #[arg(value_name = "FILE|NAME")]
+        subject: String,
+    },
+    /// List the VMs of this host
+    #[command(after_help = "Example:\n  longhaul vm list")]
+    List,
+    /// Show a VM and its description
+    #[command(after_help = "\
+Example:
+  longhaul vm show db1
+  longhaul vm show db1 --json | jq -r .description > db1.toml")]
+    Show(VmName),
+    /// Shut a VM down
+    #[command(after_help = "\
+The guest is asked to power off; --force ends its process at once. Its description stays known until
+the process is gone.
+
+Example:
+  longhaul vm stop db1")]
+    Stop {
+        /// The VM
+        vm: String,
+        /// End the process at once, like pulling the plug
+        #[arg(long)]
+        force: bool,
+    },
+    /// Take a VM out of the agent's book; its process and images are left alone
+    #[command(after_help = "Example:\n  longhaul vm forget db1")]
+    Forget(VmName),
+    /// Take over a running QEMU that something else started
+    #[command(after_help = "\
+The VM is not touched: it is read through QMP and described in a file. What the description cannot
+hold is printed; such a VM may still run here, but cannot be built again at another host.
+
+The QMP socket must be free: QEMU serves one client per socket, so give it a second one
+(-qmp unix:/run/db1.qmp,server=on,wait=off).
+
+Example:
+  longhaul vm adopt --qmp /run/db1.qmp --name db1")]
+    Adopt {
+        /// A QMP socket of the VM
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+        /// Name for the VM [default: that of the socket's file]
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Tell whether a VM can start here, or move to a peer
+    #[command(after_help = "\
+Example:
+  longhaul vm check db1.toml
+  longhaul vm check db1 --to lyon")]
+    Check {
+        /// A description (a path with a `/` or ending in .toml) or the name of a VM
+        #[arg(value_name = "FILE|NAME")]
+        subject: String,
+        /// Ask this peer whether it can take the VM
+        #[arg(long, value_name = "PEER")]
+        to: Option<String>,
+    },
+}
+
+/// A VM.
+#[derive(Debug, Args)]
+pub struct VmName {
+    /// The VM
+    pub vm: String,
+}
+
+/// What seeds and migrations have in common.
+#[derive(Debug, Args)]
+pub struct MoveArgs {
+    /// Send at most this fast: bits per second, e.g. 20M
+    #[arg(long, value_name = "RATE")]
+    pub rate: Option<BitRate>,
+    /// Give up after this time, e.g. 30m or 2h
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub deadline: Option<Duration>,
+    /// Return as soon as the job is admitted
+    #[arg(long, conflicts_with = "attached")]
+    pub detach: bool,
+    /// Ctrl-C cancels the job instead of leaving it to the agent
+    #[arg(long)]
+    pub attached: bool,
+}
+
+/// Arguments of `seed`.
+#[derive(Debug, Args)]
+pub struct SeedArgs {
+    /// The VM
+    pub vm: String,
+    /// The peer
+    #[arg(long, value_name = "PEER", required_unless_present = "forget")]
+    pub to: Option<String>,
+    /// Stop tracking what the VM writes since its last seed; what lies at the peer stays there
+    #[arg(long, conflicts_with_all = ["to", "rate", "deadline", "detach", "attached"])]
+    pub forget: bool,
+    /// How.
+    #[command(flatten)]
+    pub how: MoveArgs,
+}
+
+/// Arguments of `migrate`.
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// The VM
+    pub vm: String,
+    /// The peer
+    #[arg(long, value_name = "PEER")]
+    pub to: String,
+    /// Downtime that it may take [default: limits.downtime_limit_ms, 300ms]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub downtime_limit: Option<Duration>,
+    /// How.
+    #[command(flatten)]
+    pub how: MoveArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn clap_finds_no_contradiction() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_help_teaches_with_an_example() {
+        fn visit(command: &mut clap::Command) {
+            let help = command.render_long_help().to_string();
+            assert!(help.contains("Example:"), "no example in:\n{help}");
+            command.get_subcommands_mut().for_each(visit);
+        }
+        visit(&mut Cli::command());
+    }
+
+    #[test]
+    fn amounts_are_checked_before_anything_is_attempted() {
+        let parse = |args: &str| Cli::try_parse_from(args.split(' '));
+        assert!(parse("longhaul migrate db1 --to lyon --downtime-limit 300ms").is_ok());
+        assert!(parse("longhaul migrate db1 --to lyon --downtime-limit 300").is_err());
+        assert!(parse("longhaul seed db1 --to lyon --rate 20M").is_ok());
+        assert!(parse("longhaul seed db1 --to lyon --rate fast").is_err());
+        assert!(parse("longhaul seed db1").is_err());
+        assert!(parse("longhaul seed db1 --forget").is_ok());
+        assert!(parse("longhaul seed db1 --forget --to lyon").is_err());
+        assert!(parse("longhaul pair lyon").is_err());
+        assert!(parse("longhaul pair --list --remove lyon").is_err());
+        assert!(parse("longhaul migrate db1 --to lyon --detach --attached").is_err());
+    }
+}

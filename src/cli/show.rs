@@ -1,0 +1,123 @@
+//! `status`: everything worth knowing at a glance.
+//!
+//! Invariant: what an operator must act upon (a hand-over in doubt) stands first.
+
+use super::args::Global;
+use super::progress::line;
+use super::table::Table;
+use super::{CommandError, Exit, ask, pair, print, vm};
+use crate::control::{JobOutcome, JobRecord, JobSummary, Reply, Request, Status};
+use crate::units::{ByteCount, duration_text};
+
+pub(super) async fn status(global: &Global) -> Result<Exit, CommandError> {
+    let Reply::Status(status) = ask(global, &Request::Status).await? else {
+        return Err(CommandError::Mismatch);
+    };
+    print(global, &status, |status| status_text(status));
+    Ok(if status.in_doubt.is_empty() { Exit::Done } else { Exit::InDoubt })
+}
+
+fn status_text(status: &Status) -> String {
+    let mut text = String::new();
+    for doubt in &status.in_doubt {
+        let (vm, peer) = (&doubt.vm, &doubt.peer);
+        text += &format!("IN DOUBT: {vm} (with {peer}): {}\n", doubt.detail);
+        text += "  The agents ask each other until they have settled it; leave the VM alone.
+
+";
+    }
+    let identity = &status.identity;
+    text += &format!(
+        "{} (longhaul {}), listens on {}\n\n",
+        identity.name, status.version, identity.listen
+    );
+    text += &vm::vms_text(&status.vms);
+    text += "\n";
+    text += &pair::peers_text(&status.peers);
+    if !status.jobs.is_empty() {
+        text += "\n";
+        text += &jobs_text(&status.jobs);
+    }
+    if !status.recent.is_empty() {
+        text += "\n";
+        text += &recent_text(&status.recent);
+    }
+    text
+}
+
+fn jobs_text(jobs: &[JobSummary]) -> String {
+    let mut table = Table::new(&[">JOB", "KIND", "VM", "TO", "PROGRESS"]);
+    for job in jobs {
+        let (id, kind) = (job.id.to_string(), job.kind.to_string());
+        table.row([id, kind, job.vm.clone(), job.peer.clone(), line(&job.progress)]);
+    }
+    table.render("")
+}
+
+fn recent_text(records: &[JobRecord]) -> String {
+    let mut table = Table::new(&[">JOB", "KIND", "VM", "TO", "ENDED", "HOW"]);
+    for record in records {
+        table.row([
+            record.id.to_string(),
+            record.kind.to_string(),
+            record.vm.clone(),
+            record.peer.clone(),
+            record.ended.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
+            how(&record.outcome),
+        ]);
+    }
+    table.render("")
+}
+
+fn how(outcome: &JobOutcome) -> String {
+    match outcome {
+        JobOutcome::Failed(failure) => format!("failed: {}", failure.what),
+        JobOutcome::Completed(completed) => {
+            let wire = ByteCount(completed.wire_bytes);
+            let total = duration_text(completed.total_ms);
+            match &completed.downtime {
+                Some(downtime) => {
+                    format!("done in {total}, downtime {:.0} ms, wire {wire}", downtime.total_ms)
+                }
+                None => format!("done in {total}, wire {wire}"),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{InDoubt, OwnIdentity};
+
+    #[test]
+    fn doubt_comes_first_and_empty_lists_teach() {
+        let identity = OwnIdentity {
+            name: "paris".into(),
+            fingerprint: "LH-0".into(),
+            listen: "0.0.0.0:4873".into(),
+            reachable: None,
+        };
+        let doubt = InDoubt {
+            vm: "db1".into(),
+            peer: "lyon".into(),
+            since: None,
+            detail: "lyon has not confirmed that it runs".into(),
+        };
+        let mut status = Status {
+            version: "0.1.0".into(),
+            identity,
+            vms: vec![],
+            peers: vec![],
+            jobs: vec![],
+            in_doubt: vec![doubt],
+            recent: vec![],
+        };
+        let text = status_text(&status);
+        assert!(text.starts_with("IN DOUBT: db1 (with lyon): lyon has not"), "{text}");
+        status.in_doubt.clear();
+        let text = status_text(&status);
+        assert!(text.starts_with("paris (longhaul 0.1.0)"), "{text}");
+        assert!(text.contains("`longhaul vm start FILE`") && text.contains("`longhaul pair`"));
+    }
+}
