@@ -1,0 +1,219 @@
+//! What a user can type, and which part of the lab does it.
+//!
+//! Invariant: nothing is decided here; every command is a few calls into the library.
+
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use longhaul_bench::netns::{self, Side};
+use longhaul_bench::profile::{Overrides, Profile};
+use longhaul_bench::run::{self, Plan};
+use longhaul_bench::wan::{self, Request, Spec, lab_binary};
+use longhaul_bench::{row, speed};
+
+/// Emulated WAN, guests, rivals and measurements.
+#[derive(Debug, Parser)]
+#[command(name = "lab")]
+struct Cli {
+    #[command(subcommand)]
+    command: Area,
+}
+
+#[derive(Debug, Subcommand)]
+enum Area {
+    /// A WAN between two network namespaces of this host.
+    #[command(subcommand)]
+    Wan(WanCommand),
+    /// Moves a guest under load through a WAN and writes down what it took.
+    Run {
+        /// metro, continental, intercontinental, direct, or a TOML file.
+        #[arg(long)]
+        profile: String,
+        #[command(flatten)]
+        overrides: Overrides,
+        #[command(flatten)]
+        plan: Box<Plan>,
+    },
+    /// Prints medians and ratios of result rows.
+    Compare {
+        /// Result files.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// JSON instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum WanCommand {
+    /// Brings a WAN up; it stays until `down`.
+    Up(UpArguments),
+    /// Takes a WAN down, with every process in its namespaces.
+    Down(Name),
+    /// Loses every packet from now on, those under way included.
+    Cut(Name),
+    /// Ends a cut.
+    Restore(Name),
+    /// Prints what passed so far, as JSON.
+    Stats(Name),
+    /// Runs a command at one end.
+    Exec {
+        #[command(flatten)]
+        name: Name,
+        /// Which end.
+        side: Side,
+        /// The command with its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Measures round trip, TCP and UDP rate through a WAN that is up; prints JSON.
+    Check {
+        #[command(flatten)]
+        name: Name,
+        /// Seconds of each rate measurement.
+        #[arg(long, default_value_t = 5)]
+        seconds: u64,
+        /// Rate of the UDP measurement in Mbit/s; the WAN's own if absent.
+        #[arg(long)]
+        udp_mbit: Option<u64>,
+    },
+    /// Owns a WAN whose folder was prepared; ends when standard input does.
+    #[command(hide = true)]
+    Own(Name),
+}
+
+#[derive(Debug, Args)]
+struct Name {
+    /// The WAN's name.
+    #[arg(long, default_value = "lab")]
+    name: String,
+}
+
+#[derive(Debug, Args)]
+struct UpArguments {
+    #[command(flatten)]
+    name: Name,
+    /// metro, continental, intercontinental, direct, or a TOML file.
+    #[arg(long)]
+    profile: String,
+    #[command(flatten)]
+    overrides: Overrides,
+    /// Decides losses and jitter.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Where stats go each second and at the end, as JSON.
+    #[arg(long)]
+    stats: Option<PathBuf>,
+    /// Stay here until Ctrl-C instead of going to the background.
+    #[arg(long)]
+    foreground: bool,
+}
+
+/// Parses the command line and does what it says.
+///
+/// # Errors
+///
+/// What failed, with what to do about it.
+pub(crate) fn run() -> Result<ExitCode> {
+    match Cli::parse().command {
+        Area::Wan(command) => wan_command(command),
+        Area::Run { profile, overrides, plan } => {
+            run::run(&plan, &overrides.apply(Profile::find(&profile)?)?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Area::Compare { files, json } => compare(&files, json),
+    }
+}
+
+fn compare(files: &[PathBuf], json: bool) -> Result<ExitCode> {
+    let mut rows = Vec::new();
+    for file in files {
+        rows.extend(row::read(file)?);
+    }
+    let summaries = row::summarise(&rows);
+    if json {
+        println!("{}", serde_json::to_string_pretty(&summaries)?);
+    } else {
+        print!("{}", row::table(&summaries));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn wan_command(command: WanCommand) -> Result<ExitCode> {
+    match command {
+        WanCommand::Up(arguments) => wan_up(arguments)?,
+        WanCommand::Down(name) => wan::down(&name.name)?,
+        WanCommand::Cut(name) => print_stats(&name, Request::Cut)?,
+        WanCommand::Restore(name) => print_stats(&name, Request::Restore)?,
+        WanCommand::Stats(name) => print_stats(&name, Request::Stats)?,
+        WanCommand::Exec { name, side, command } => {
+            netns::check_name(&name.name)?;
+            netns::enter(&name.name, side)?;
+            let [program, arguments @ ..] = command.as_slice() else {
+                anyhow::bail!("there is no command to run");
+            };
+            let error = Command::new(program).args(arguments).exec();
+            return Err(error).with_context(|| format!("while starting {program}"));
+        }
+        WanCommand::Check { name, seconds, udp_mbit } => {
+            wan_check(&name.name, Duration::from_secs(seconds), udp_mbit)?;
+        }
+        WanCommand::Own(name) => wan::own(&name.name)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn wan_up(arguments: UpArguments) -> Result<()> {
+    let profile = arguments.overrides.apply(Profile::find(&arguments.profile)?)?;
+    let stats_file = arguments.stats.map(std::path::absolute).transpose()?;
+    let spec = Spec { name: arguments.name.name, profile, seed: arguments.seed, stats_file };
+    if arguments.foreground {
+        return wan::own_in_foreground(&spec);
+    }
+    let pid = wan::up_in_background(&lab_binary()?, &spec)?;
+    eprintln!(
+        "WAN {}: {} ({}) and {} ({}), relay {pid}",
+        spec.name,
+        netns::namespace(&spec.name, Side::A),
+        Side::A.address(),
+        netns::namespace(&spec.name, Side::B),
+        Side::B.address(),
+    );
+    Ok(())
+}
+
+fn print_stats(name: &Name, request: Request) -> Result<()> {
+    println!("{}", serde_json::to_string_pretty(&wan::ask(&name.name, request)?)?);
+    Ok(())
+}
+
+fn wan_check(name: &str, time: Duration, udp_mbit: Option<u64>) -> Result<()> {
+    let spec = wan::spec(name)?;
+    let rtt = speed::rtt(name, 20)?;
+    let start = wan::ask(name, Request::Stats)?;
+    let tcp = speed::tcp(name, Side::A, 10 * spec.profile.rtt(), time)?;
+    let after_tcp = wan::ask(name, Request::Stats)?;
+    let udp_rate = udp_mbit.map_or(spec.profile.rate_bits_per_s, |mbit| mbit * 1_000_000);
+    let udp = speed::udp(name, Side::A, udp_rate, time)?;
+    let after_udp = wan::ask(name, Request::Stats)?;
+    let cpu = |from: &longhaul_bench::relay::Stats, to: &longhaul_bench::relay::Stats| {
+        (to.cpu_s - from.cpu_s) / (to.elapsed_s - from.elapsed_s)
+    };
+    let report = serde_json::json!({
+        "profile": spec.profile.name,
+        "tcp_congestion_control": netns::congestion_control(name, Side::A)?,
+        "rtt": rtt,
+        "tcp": tcp,
+        "tcp_relay_cpus": cpu(&start, &after_tcp),
+        "udp": udp,
+        "udp_relay_cpus": cpu(&after_tcp, &after_udp),
+        "stats": after_udp,
+    });
+    println!("{}", serde_json::to_string_pretty(&report)?);
+    Ok(())
+}

@@ -1,0 +1,24 @@
+//! The lab: an emulated WAN between two network namespaces, and what is measured through it.
+//!
+//! Every number in the README comes from here and can be repeated. Reading order: [`profile`] (what
+//! a WAN is like), [`link`] (the model of one direction), [`relay`] (packets through two of them),
+//! [`netns`] and [`wan`] (where they run and how they are controlled), [`speed`] (what gets through);
+//! then [`guest`] and [`watch`] (who is moved and how it proves that it is well), [`host`] (the
+//! product) and [`rival`] (what it is compared to), [`run`] (one measurement, whole), [`row`] (what
+//! is written down).
+
+pub mod guest;
+pub mod host;
+pub mod interrupt;
+pub mod link;
+pub mod netns;
+pub mod profile;
+pub mod qmp;
+pub mod relay;
+pub mod rival;
+pub mod row;
+pub mod run;
+pub mod speed;
+mod tun;
+pub mod wan;
+pub mod watch;
