@@ -1,0 +1,56 @@
+//! Disks that are sent ahead of time.
+
+use longhaul_bench::host::VM;
+use longhaul_bench::netns::Side;
+use serde_json::Value;
+
+use super::stage::{Setting, Stage, bitmaps, files, left_in_qemu};
+
+fn disk_wire(report: &Value) -> u64 {
+    let phases = report["phases"].as_array().unwrap();
+    let disk = phases.iter().filter(|phase| phase[0] == "seed" || phase[0] == "sync");
+    disk.map(|phase| phase[1]["wire_bytes"].as_u64().unwrap()).sum()
+}
+
+#[test]
+fn a_seed_spares_the_migration_what_it_sent() {
+    let setting = Setting { rate_mbit: 100, ..Setting::default() };
+    let Some(mut stage) = Stage::with_guest("seed", &setting) else { return };
+    let seed = stage.pair.seed().unwrap()["completed"].clone();
+    assert!(seed.is_object() && seed["downtime"].is_null(), "{seed:#}");
+    // Writes are tracked, and that is all that is left, also by an agent that is started anew.
+    let left = stage.at_monitor(Side::A, |qmp| {
+        let tracking = bitmaps(qmp);
+        (tracking, left_in_qemu(qmp))
+    });
+    assert_eq!(left.0.len(), 1, "{left:?}");
+    assert_eq!(left.0, left.1, "more than the tracking is left");
+    let images = files(&stage.pair.images(Side::B));
+    assert!(images.contains(&"disk.raw".to_owned()), "{images:?}");
+    assert_eq!(stage.state(Side::B), None);
+
+    let report = stage.migrate();
+    stage.assert_moved();
+    let (first, then) = (disk_wire(&seed), disk_wire(&report));
+    assert!(then < first / 4, "{then} bytes after a seed of {first}: {report:#}");
+    // What was written since is sent, and nothing is compared.
+    assert_eq!(report["saved"]["disk_known_bytes"], 0, "{report:#}");
+    stage.assert_well(Side::B);
+}
+
+#[test]
+fn a_seed_is_forgotten_without_a_trace() {
+    let setting = Setting { rate_mbit: 100, append: "survivor.idle=1", ..Setting::default() };
+    let Some(mut stage) = Stage::with_guest("forget", &setting) else { return };
+    stage.pair.seed().unwrap();
+    stage.pair.ask(Side::A, &["seed", VM, "--forget"]).unwrap();
+    stage.assert_untouched();
+    // A cancelled seed leaves nothing either.
+    let job = stage.begin("seed");
+    stage.until(job, "seed", 0);
+    let _ = stage.pair.cancel();
+    stage.outcome(job);
+    let _ = stage.pair.ask(Side::A, &["seed", VM, "--forget"]);
+    stage.assert_untouched();
+    stage.finish(Side::A, None);
+}
