@@ -76,7 +76,9 @@ impl HandingOver<'_> {
         };
         let event = match verdict {
             Verdict::Runs => SourceEvent::PeerRuns,
-            Verdict::Refused | Verdict::Undecided => SourceEvent::PeerRefused,
+            Verdict::Refused => SourceEvent::PeerRefused,
+            // Both ways here ask on until it is decided; if one ever did not, nothing may resume.
+            Verdict::Undecided => SourceEvent::PeerReachable,
         };
         self.carry_out(source.on(event), journal).await?;
         if let Some(reason) = &reason
@@ -86,7 +88,12 @@ impl HandingOver<'_> {
         }
         match verdict {
             Verdict::Runs => Ok(times),
-            Verdict::Refused | Verdict::Undecided => Err(MigrationError::Peer {
+            Verdict::Undecided => Err(MigrationError::InDoubt {
+                vm: self.name.to_owned(),
+                peer: self.peer.to_owned(),
+                job: self.id,
+            }),
+            Verdict::Refused => Err(MigrationError::Peer {
                 peer: self.peer.to_owned(),
                 reason: reason.unwrap_or_else(|| "it refused the hand-over".into()),
             }),
