@@ -88,6 +88,14 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
 }
 
 impl MigrationMover {
+    fn dialer(&self, peer: &str) -> Dialer {
+        Dialer {
+            endpoint: self.endpoint.clone(),
+            peers: Arc::clone(&self.peers),
+            peer: peer.to_owned(),
+        }
+    }
+
     /// Settles an attempt of an earlier life, in the background: it may have to wait for a peer.
     fn recover(&self, history: History) {
         let Some((role, vm, peer, _)) = history.began() else { return };
@@ -102,11 +110,7 @@ impl MigrationMover {
                 detail: "a move was interrupted when this agent ended: it is being settled".into(),
             },
         );
-        let dial = Dialer {
-            endpoint: self.endpoint.clone(),
-            peers: Arc::clone(&self.peers),
-            peer: peer.clone(),
-        };
+        let dial = self.dialer(&peer);
         // Entered before the first session is served: a new attempt waits for this one's end.
         let entered = match role {
             migration::journal::Role::Source => None,
@@ -154,11 +158,7 @@ impl MigrationMover {
         progress: &watch::Sender<Progress>,
         cancel: &CancelToken,
     ) -> Result<Completed, Failure> {
-        let dial = Dialer {
-            endpoint: self.endpoint.clone(),
-            peers: Arc::clone(&self.peers),
-            peer: job.peer.name.clone(),
-        };
+        let dial = self.dialer(&job.peer.name);
         let limit_ms = job.options.downtime_limit_ms as f64;
         let deadline = job.options.deadline_s.map_or(DEADLINE_DEFAULT, Duration::from_secs);
         let order = job::Job {
@@ -257,11 +257,7 @@ impl Mover for MigrationMover {
     }
 
     async fn obstacles_at(&self, spec: &VmSpec, peer: &Peer) -> Result<Vec<String>, Failure> {
-        let dial = Dialer {
-            endpoint: self.endpoint.clone(),
-            peers: Arc::clone(&self.peers),
-            peer: peer.name.clone(),
-        };
+        let dial = self.dialer(&peer.name);
         let unreachable = |detail: String| {
             let what = format!("{} could not be asked: {detail}", peer.name);
             Failure::failed(what, "nothing was changed", "look at the link and at its agent")
