@@ -4,7 +4,7 @@
 //! a WAN is like), [`link`] (the model of one direction), [`relay`] (packets through two of them),
 //! [`netns`] and [`wan`] (where they run and how they are controlled), [`speed`] (what gets through);
 //! then [`guest`] and [`watch`] (who is moved and how it proves that it is well), [`host`] (the
-//! product) and [`rival`] (what it is compared to), [`run`] (one measurement, whole), [`row`] (what
+//! product) and [`rival`] (what it is compared to), [`run`] (one measurement, whole; on memory from `warm`), [`row`] (what
 //! is written down).
 
 pub mod guest;
@@ -21,4 +21,5 @@ pub mod run;
 pub mod speed;
 mod tun;
 pub mod wan;
+mod warm;
 pub mod watch;

@@ -116,21 +116,34 @@ impl Qmp {
         &mut self,
         what: &str,
         timeout: Duration,
-        mut choose: impl FnMut(&Event) -> Option<T>,
+        choose: impl FnMut(&Event) -> Option<T>,
     ) -> Result<T> {
-        let deadline = Instant::now() + timeout;
+        self.wait_a_while(timeout, choose)?.with_context(|| {
+            format!("{}: {what} did not come within {timeout:?}", self.path.display())
+        })
+    }
+
+    /// As [`wait`](Self::wait), but `None` when nothing came in time.
+    ///
+    /// # Errors
+    ///
+    /// When QEMU is gone.
+    pub fn wait_a_while<T>(
+        &mut self,
+        time: Duration,
+        mut choose: impl FnMut(&Event) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let deadline = Instant::now() + time;
         let mut seen = 0;
         loop {
             while let Some(event) = self.events.get(seen) {
                 if let Some(chosen) = choose(event) {
                     self.events.remove(seen);
-                    return Ok(chosen);
+                    return Ok(Some(chosen));
                 }
                 seen += 1;
             }
-            let message = self.line(deadline)?.with_context(|| {
-                format!("{}: {what} did not come within {timeout:?}", self.path.display())
-            })?;
+            let Some(message) = self.line(deadline)? else { return Ok(None) };
             self.keep(&message);
         }
     }

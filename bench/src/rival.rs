@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::guest::{Guest, Machine};
 use crate::netns::Side;
-use crate::qmp::Qmp;
+use crate::qmp::{Event, Qmp};
 use crate::wan::Wan;
 
 /// How memory is sent.
@@ -61,7 +61,8 @@ pub struct Options {
     /// QEMU's downtime limit in ms; 300 is its default.
     #[arg(long, default_value_t = 300)]
     pub downtime_limit_ms: u64,
-    /// Seconds after which a move is given up as one that does not converge.
+    /// Seconds after which a move is given up as one that does not converge: the row then says so, and
+    /// its times and bytes are lower bounds.
     #[arg(long, default_value_t = 3600)]
     pub give_up_s: u64,
 }
@@ -77,6 +78,8 @@ const DISK_PORT: u16 = 49153;
 const BANDWIDTH_BYTES_PER_S: u64 = 1_250_000_000;
 /// How long a step without bulk data may take.
 const STEP_WAIT: Duration = Duration::from_secs(120);
+/// How often a longer wait says how far it is.
+const PROGRESS_PERIOD: Duration = Duration::from_secs(5);
 /// How long QEMU has to end after `quit`.
 const QUIT_WAIT: Duration = Duration::from_secs(20);
 /// `multifd-channels` of QEMU and libvirt.
@@ -98,6 +101,24 @@ pub struct Moved {
     /// `query-migrate` of the source at the end.
     pub query_migrate: Value,
 }
+
+/// A move that did not get anywhere in the time that it was given: a result, not a failure of the
+/// measurement.
+#[derive(Debug)]
+pub struct GaveUp {
+    /// What was waited for.
+    pub what: String,
+    /// How long.
+    pub after: Duration,
+}
+
+impl std::fmt::Display for GaveUp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "given up: {} did not come within {:?}", self.what, self.after)
+    }
+}
+
+impl std::error::Error for GaveUp {}
 
 /// A running QEMU process with its monitor. Ends when dropped.
 #[derive(Debug)]
@@ -249,7 +270,8 @@ pub fn create_target_image(
 ///
 /// # Errors
 ///
-/// When a step fails or the move does not converge in time; the guest may be anywhere then.
+/// [`GaveUp`] when the mirror is not ready or memory does not converge in time: the guest is where it
+/// was. Any other when a step fails; the guest may be anywhere then.
 pub fn migrate(source: &mut Vm, target: &mut Vm, options: &Options) -> Result<Moved> {
     let begun = Instant::now();
     let give_up = Duration::from_secs(options.give_up_s);
@@ -349,13 +371,17 @@ fn start_mirror(source: &mut Vm, options: &Options) -> Result<()> {
 }
 
 fn wait_mirror(source: &mut Vm, timeout: Duration) -> Result<()> {
-    let end = source.qmp.wait("the ready mirror", timeout, |event| {
-        let is_end = matches!(
-            event.name.as_str(),
-            "BLOCK_JOB_READY" | "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" | "BLOCK_JOB_ERROR"
-        );
-        is_end.then(|| (event.name.clone(), event.data.clone()))
-    })?;
+    let end =
+        wait_watched(&mut source.qmp, "the ready mirror", timeout, "query-block-jobs", |event| {
+            let is_end = matches!(
+                event.name.as_str(),
+                "BLOCK_JOB_READY"
+                    | "BLOCK_JOB_COMPLETED"
+                    | "BLOCK_JOB_CANCELLED"
+                    | "BLOCK_JOB_ERROR"
+            );
+            is_end.then(|| (event.name.clone(), event.data.clone()))
+        })?;
     ensure!(end.0 == "BLOCK_JOB_READY", "the mirror failed: {} {}", end.0, end.1);
     Ok(())
 }
@@ -375,7 +401,8 @@ fn end_mirror(source: &mut Vm) -> Result<()> {
 }
 
 fn wait_status(qmp: &mut Qmp, wanted: &str, timeout: Duration) -> Result<()> {
-    let status = qmp.wait(&format!("migration status {wanted}"), timeout, |event| {
+    let what = format!("migration status {wanted}");
+    let status = wait_watched(qmp, &what, timeout, "query-migrate", |event| {
         let status = event.data["status"].as_str()?;
         let is_end = status == wanted || matches!(status, "failed" | "cancelled");
         (event.name == "MIGRATION" && is_end).then(|| status.to_owned())
@@ -388,4 +415,39 @@ fn wait_status(qmp: &mut Qmp, wanted: &str, timeout: Duration) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Waits for an event, and says every few seconds how far it is: what `query` has of numbers.
+fn wait_watched<T>(
+    qmp: &mut Qmp,
+    what: &str,
+    timeout: Duration,
+    query: &str,
+    mut choose: impl FnMut(&Event) -> Option<T>,
+) -> Result<T> {
+    let begun = Instant::now();
+    while begun.elapsed() < timeout {
+        let left = timeout.saturating_sub(begun.elapsed());
+        if let Some(chosen) = qmp.wait_a_while(left.min(PROGRESS_PERIOD), &mut choose)? {
+            return Ok(chosen);
+        }
+        let state = qmp.execute(query, json!({}))?;
+        let state = if state.is_array() { state[0].clone() } else { state };
+        let ram = &state["ram"];
+        let numbers = [
+            ("sent", state["offset"].as_u64().or_else(|| ram["transferred"].as_u64())),
+            ("of", state["len"].as_u64().or_else(|| ram["total"].as_u64())),
+            ("left", ram["remaining"].as_u64()),
+        ];
+        let numbers: Vec<String> = numbers
+            .iter()
+            .filter_map(|(name, bytes)| Some(format!("{name} {} MiB", (*bytes)? >> 20)))
+            .collect();
+        eprintln!(
+            "{:4.0} s: waiting for {what}: {}",
+            begun.elapsed().as_secs_f64(),
+            numbers.join(", ")
+        );
+    }
+    Err(GaveUp { what: what.to_owned(), after: timeout }.into())
 }

@@ -129,21 +129,39 @@ impl Host {
     ///
     /// When /proc cannot be read.
     pub fn current() -> Result<Self> {
-        let read =
-            |path| std::fs::read_to_string(path).with_context(|| format!("while reading {path}"));
-        let field = |text: &str, key: &str| {
-            let line = text.lines().find(|line| line.starts_with(key));
-            line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned())
-        };
-        let memory = field(&read("/proc/meminfo")?, "MemTotal").unwrap_or_default();
-        let memory_kib: u64 = memory.trim_end_matches(" kB").parse().unwrap_or(0);
         Ok(Self {
-            cpu: field(&read("/proc/cpuinfo")?, "model name").unwrap_or_default(),
+            cpu: proc_field("/proc/cpuinfo", "model name")?,
             cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-            memory_mib: memory_kib / 1024,
-            kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+            memory_mib: meminfo_bytes("MemTotal")? >> 20,
+            kernel: proc_text("/proc/sys/kernel/osrelease")?.trim().to_owned(),
         })
     }
+
+    /// Memory that can be had now without pushing anything out.
+    ///
+    /// # Errors
+    ///
+    /// When /proc cannot be read.
+    pub fn available_bytes() -> Result<u64> {
+        meminfo_bytes("MemAvailable")
+    }
+}
+
+fn proc_text(path: &str) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("while reading {path}"))
+}
+
+/// What follows `key:` in a file of lines like that; empty if it is not there.
+fn proc_field(path: &str, key: &str) -> Result<String> {
+    let text = proc_text(path)?;
+    let line = text.lines().find(|line| line.starts_with(key));
+    let value = line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim());
+    Ok(value.unwrap_or_default().to_owned())
+}
+
+fn meminfo_bytes(key: &str) -> Result<u64> {
+    let value = proc_field("/proc/meminfo", key)?;
+    Ok(value.trim_end_matches(" kB").parse::<u64>().unwrap_or(0) << 10)
 }
 
 /// Appends a row to a result file.
@@ -245,6 +263,8 @@ pub fn table(summaries: &[Summary]) -> String {
                 && other.guest == summary.guest
         });
         let cell = |value: f64, of: fn(&Summary) -> f64| match base {
+            // A move that was given up has no downtime.
+            _ if value == 0.0 => "-".to_owned(),
             Some(base) if of(base) > 0.0 => format!("{value:.1} ({:.2}x)", value / of(base)),
             _ => format!("{value:.1}"),
         };

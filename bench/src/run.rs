@@ -21,7 +21,8 @@ use crate::profile::Profile;
 use crate::rival;
 use crate::row::{self, Host, Revision, Row};
 use crate::wan::{self, Spec, Wan};
-use crate::watch::Watch;
+use crate::warm::Warm;
+use crate::watch::{Verdict, Watch};
 
 /// What moves the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -107,7 +108,7 @@ struct Outcome {
     report: Value,
     images: [PathBuf; 2],
     wire: crate::relay::Stats,
-    verdict: crate::watch::Verdict,
+    verdict: Verdict,
 }
 
 /// Everything that a tool needs to move a guest.
@@ -242,6 +243,13 @@ impl Stage<'_> {
         self.qemus[side as usize].join("bin").join(name)
     }
 
+    /// Memory for what a move will fill at its target, to be given back just before it.
+    fn warm_memory(&self) -> Result<Warm> {
+        let memory = u64::from(self.guest.machine.memory_mib) << 20;
+        // Beside the guest's own: what a tool keeps of it, and the image in the page cache.
+        Warm::touch(memory, memory + allocated_bytes(&self.guest.disk))
+    }
+
     /// Lets the load run for a while, so that the guest is not moved while it still settles.
     fn settle(&self, watch: &mut Watch) -> Result<()> {
         watch.wait_ready(Side::A)?;
@@ -268,6 +276,7 @@ impl Stage<'_> {
             rival::Vm::start(self.wan, side, &system, self.guest, disk, folder, is_incoming)
         };
         let mut source = start(Side::A, &source_image, a, false)?;
+        let warm = self.warm_memory()?;
         self.settle(&mut watch)?;
         let format = plan.format.name();
         let target_image = b.join(format!("disk.{format}"));
@@ -279,21 +288,22 @@ impl Stage<'_> {
         )?;
         let mut target = start(Side::B, &target_image, b, true)?;
 
-        let moved = rival::migrate(&mut source, &mut target, &plan.rival)?;
+        drop(warm);
+        let begun = Instant::now();
+        let moved = match rival::migrate(&mut source, &mut target, &plan.rival) {
+            Err(error) if error.is::<rival::GaveUp>() => {
+                let (total, images) = (begun.elapsed(), [source_image, target_image]);
+                return self.given_up(&error.to_string(), total, images);
+            }
+            moved => moved?,
+        };
         let wire = self.wan.stats()?;
         self.prove(&mut watch)?;
         ensure!(target.wait_gone(POWER_OFF_WAIT), "the guest does not power off");
         drop(source);
         let verdict = watch.end(Side::B, &[&target_image])?;
-        let options = &plan.rival;
-        let variant = format!(
-            "{} {}{}",
-            serde_plain(&options.memory)?,
-            serde_plain(&options.copy_mode)?,
-            if options.auto_converge { " auto-converge" } else { "" }
-        );
         Ok(Outcome {
-            variant,
+            variant: self.rival_variant()?,
             version: version(&self.program(Side::A, "qemu-system-x86_64"))?,
             phases_s: BTreeMap::from([
                 ("mirror".to_owned(), moved.mirror_s),
@@ -309,6 +319,31 @@ impl Stage<'_> {
         })
     }
 
+    fn rival_variant(&self) -> Result<String> {
+        let options = &self.plan.rival;
+        Ok(format!(
+            "{} {}{}",
+            serde_plain(&options.memory)?,
+            serde_plain(&options.copy_mode)?,
+            if options.auto_converge { " auto-converge" } else { "" }
+        ))
+    }
+
+    /// What is known of a move that the rival did not bring to its end.
+    fn given_up(&self, why: &str, total: Duration, images: [PathBuf; 2]) -> Result<Outcome> {
+        Ok(Outcome {
+            variant: self.rival_variant()?,
+            version: version(&self.program(Side::A, "qemu-system-x86_64"))?,
+            phases_s: BTreeMap::new(),
+            total_s: total.as_secs_f64(),
+            downtime_ms: 0.0,
+            report: serde_json::json!({"given_up": why}),
+            images,
+            wire: self.wan.stats()?,
+            verdict: Verdict { ok: false, why: vec![why.to_owned()], ..Verdict::default() },
+        })
+    }
+
     fn longhaul(&self) -> Result<Outcome> {
         let (plan, [a, _]) = (self.plan, &self.folders);
         let pair = AgentPair::start(
@@ -321,15 +356,19 @@ impl Stage<'_> {
         let consoles = Side::BOTH.map(|side| (side, pair.console(side)));
         let mut watch = Watch::start(a, &consoles)?;
         pair.start_vm(self.guest, &source_image)?;
+        let mut warm = self.warm_memory()?;
         self.settle(&mut watch)?;
         let mut phases_s = BTreeMap::new();
         if let Some(minutes) = plan.seed_minutes {
+            drop(warm);
             let begun = Instant::now();
             pair.seed()?;
             phases_s.insert("seed".to_owned(), begun.elapsed().as_secs_f64());
             interrupt::sleep(Duration::from_secs_f64(minutes * 60.0))?;
+            warm = self.warm_memory()?;
             watch.forget_gap(Side::A)?;
         }
+        drop(warm);
         let begun = Instant::now();
         let report = if plan.show { pair.migrate_shown()? } else { pair.migrate()? };
         let total_s = begun.elapsed().as_secs_f64();
