@@ -175,7 +175,8 @@ pub enum MemoryEvent {
         region: u16,
         /// Page number within the region.
         page: u64,
-        /// Exactly [`PAGE_BYTES`] bytes.
+        /// Exactly [`PAGE_BYTES`] bytes. It may wait for long: an allocation of its own, lest it
+        /// keep a whole read buffer alive.
         content: Bytes,
     },
     /// The last pass began: the guest is paused and every page from here on is final.
@@ -208,6 +209,9 @@ pub trait SourceVm: Send + Sync {
     async fn run_state(&self) -> Result<RunState, HypervisorError>;
     /// Its disks, in the order of the description.
     async fn disks(&self) -> Result<Vec<DiskInfo>, HypervisorError>;
+    /// Where each disk's image lies, if it is a file in a pool of this host's: the place beside it is
+    /// ours to write to.
+    fn images(&self) -> Vec<Option<PathBuf>>;
     /// Starts to track writes to every disk (anew if it did already) and then gives a full view of
     /// each, in the order of [`disks`](Self::disks).
     async fn disk_full(&self) -> Result<Vec<Box<dyn DiskView>>, HypervisorError>;

@@ -24,6 +24,7 @@ pub mod converge;
 mod disk;
 mod error;
 pub mod handover;
+mod items;
 pub mod job;
 pub mod journal;
 mod link;

@@ -4,6 +4,8 @@
 //! hand-over on only the target's answer decides. `hand_over` cannot be cancelled: nothing in it
 //! is dropped half-way.
 
+mod precopy;
+
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -13,8 +15,7 @@ use longhaul_transport::{Class, Session};
 use tokio::sync::watch;
 
 use super::coding::Coding;
-use super::converge::{Budget, Convergence, Decision, Measured};
-use super::disk::{DiskSender, How};
+use super::disk::{DiskSender, How, ImageRecord};
 use super::error::MigrationError;
 use super::job::{Dial, Job, Side, Site};
 use super::journal::{Journal, Record, Role};
@@ -25,7 +26,7 @@ use super::meter::Meter;
 use super::report::{Completed, Downtime, Phase, Progress};
 use super::seeds::Seed;
 use super::settle;
-use crate::hypervisor::{DiskView, PAGE_BYTES, RunState, SourceVm};
+use crate::hypervisor::{DiskView, RunState, SourceVm};
 
 /// How often progress is published and convergence is judged.
 const TICK: Duration = Duration::from_millis(100);
@@ -60,6 +61,7 @@ pub async fn run(
         link: Link::new(&job.peer, session)?,
         meter: Meter::new(&job.vm, &job.peer, Phase::Seed),
         coding: Coding::new(),
+        record: ImageRecord::new(vm.images()),
         vm,
         was_running,
         start: Instant::now(),
@@ -99,6 +101,7 @@ struct Attempt<'a> {
     link: Link,
     meter: Meter,
     coding: Coding,
+    record: ImageRecord,
     was_running: bool,
     start: Instant,
 }
@@ -130,17 +133,28 @@ impl Attempt<'_> {
     /// Everything that can be undone.
     async fn work(&self) -> Result<Worked, MigrationError> {
         let at_generation = self.open().await?;
+        if self.job.purpose != Purpose::Seed {
+            self.meter.later(self.vm.spec().memory_mib << 20);
+        }
         self.seed(at_generation).await?;
-        self.sync().await?;
         if self.job.purpose == Purpose::Seed {
+            self.sync().await?;
+            self.delta_round(Class::Seed).await?;
             return Ok(Worked::Seeded);
         }
-        self.prepare().await?;
+        if at_generation {
+            // What the guest wrote since the seed goes beside its memory.
+            self.prepare().await?;
+        } else {
+            // The target's hypervisor starts while the rounds go.
+            tokio::try_join!(self.sync(), self.prepare())?;
+        }
         self.precopy_and_switchover().await.map(Worked::Parked)
     }
 
     async fn open(&self) -> Result<bool, MigrationError> {
         let disks = self.vm.disks().await?;
+        let disk_bytes: Vec<u64> = disks.iter().map(|disk| disk.bytes).collect();
         let seed = match self.site.seeds.get(&self.job.vm) {
             Some(seed) if seed.peer == self.job.peer && self.vm.is_tracking().await? => {
                 Some(seed.generation)
@@ -159,7 +173,9 @@ impl Attempt<'_> {
         self.link.tell(&ToTarget::Open(Box::new(open))).await?;
         match self.link.reply().await? {
             ToSource::Accepted { at_generation } => {
-                Ok(seed.is_some() && at_generation.iter().all(|&at| at))
+                let goes_on = seed.is_some() && at_generation.iter().all(|&at| at);
+                self.record.begin(&disk_bytes, !goes_on);
+                Ok(goes_on)
             }
             ToSource::Refused { reasons } => Err(refused(self.job, reasons)),
             other => Err(self.unexpected(&other)),
@@ -175,6 +191,7 @@ impl Attempt<'_> {
             return Ok(());
         }
         let views = self.vm.disk_full().await?;
+        self.meter.round();
         self.round(views, How::Offer, Class::Seed).await
     }
 
@@ -191,13 +208,16 @@ impl Attempt<'_> {
             last = bytes;
             self.delta_round(Class::Blocks).await?;
         }
-        if self.job.purpose == Purpose::Seed {
-            self.delta_round(Class::Seed).await?;
-        }
         Ok(())
     }
 
     async fn delta_round(&self, class: Class) -> Result<(), MigrationError> {
+        self.meter.round();
+        self.unseen_delta_round(class).await
+    }
+
+    /// As `delta_round`, beside something else that is counted in rounds.
+    async fn unseen_delta_round(&self, class: Class) -> Result<(), MigrationError> {
         let bytes = self.vm.disk_delta_bytes().await?;
         let how = if bytes > PUSH_BYTES_MAX { How::Offer } else { How::Push };
         let views = self.vm.disk_delta().await?;
@@ -211,7 +231,6 @@ impl Attempt<'_> {
         how: How,
         class: Class,
     ) -> Result<(), MigrationError> {
-        self.meter.round();
         self.send_views(&views, how, class).await?;
         let round = self.link.next_round();
         self.link.tell(&ToTarget::RoundEnd { round, items: self.link.disk_items() }).await?;
@@ -229,7 +248,7 @@ impl Attempt<'_> {
         how: How,
         class: Class,
     ) -> Result<(), MigrationError> {
-        let sender = DiskSender::new(&self.link, &self.meter, &self.coding);
+        let sender = DiskSender::new(&self.link, &self.meter, &self.coding, &self.record);
         for (disk, view) in views.iter().enumerate() {
             sender.send(disk as u16, &**view, how, class).await?;
         }
@@ -246,6 +265,7 @@ impl Attempt<'_> {
 
     async fn precopy_and_switchover(&self) -> Result<Parked, MigrationError> {
         self.begin(Phase::PreCopy);
+        self.meter.later(0);
         let stage = Stage::default();
         let source = self.vm.start_memory().await?;
         if let Some(note) = self.vm.memory_note().await {
@@ -264,108 +284,6 @@ impl Attempt<'_> {
         self.vm.wait_parked().await?;
         let Pausing { paused, collected, finishing, views } = pausing;
         Ok(Parked { paused, collected, finishing, parked: Instant::now(), views })
-    }
-
-    /// Rounds of memory and disk, until the switchover would fit.
-    async fn precopy(
-        &self,
-        stage: &Stage,
-        state: &watch::Receiver<SendState>,
-    ) -> Result<(), MigrationError> {
-        let (enough, stop) = watch::channel(false);
-        let deciding = async {
-            let decided = self.until_convergence(stage, state).await;
-            enough.send_replace(true);
-            decided
-        };
-        let syncing = async {
-            // The guest writes its disks on while memory moves.
-            while !*stop.borrow() {
-                if self.vm.disk_delta_bytes().await? > SYNC_ENOUGH_BYTES {
-                    self.delta_round(Class::Blocks).await?;
-                } else {
-                    tokio::time::sleep(TICK).await;
-                }
-            }
-            Ok(())
-        };
-        tokio::try_join!(deciding, syncing).map(|_| ())
-    }
-
-    async fn until_convergence(
-        &self,
-        stage: &Stage,
-        state: &watch::Receiver<SendState>,
-    ) -> Result<(), MigrationError> {
-        let options = &self.job.options;
-        let mut convergence = Convergence::new(Budget {
-            target_ms: options.downtime_target_ms,
-            max_ms: options.downtime_max_ms,
-            deadline_ms: options.deadline_ms,
-        });
-        let began = Instant::now();
-        let mut synced = (0, Instant::now());
-        let mut ticks = tokio::time::interval(TICK);
-        let mut crossed = false;
-        loop {
-            ticks.tick().await;
-            if !crossed && stage.first_pass_done() {
-                crossed = true;
-                let ms = began.elapsed().as_millis();
-                tracing::info!(vm = self.job.vm, ms, "memory has crossed once");
-            }
-            let hypervisor = self.vm.memory_progress().await?;
-            if hypervisor.paused {
-                // Held back as far as it can be, it may still find that it has next to nothing
-                // left. Its guest stands still: every moment from here on is downtime.
-                stage.open();
-                tracing::info!(vm = self.job.vm, "the hypervisor paused the guest by itself");
-                return Ok(());
-            }
-            if hypervisor.passes != synced.0 {
-                synced = (hypervisor.passes, Instant::now());
-            }
-            let dirty_bytes_per_s = hypervisor.dirty_pages_per_s * PAGE_BYTES as u64;
-            // Its count of what remains is as of its last look at the dirty pages.
-            let since = (dirty_bytes_per_s as f64 * synced.1.elapsed().as_secs_f64()) as u64;
-            let sending = *state.borrow();
-            let path = self.link.stats();
-            let measured = Measured {
-                at_ms: began.elapsed().as_millis() as u64,
-                first_pass_done: stage.first_pass_done(),
-                remaining_bytes: hypervisor.remaining_bytes + since,
-                staged_bytes: stage.bytes(),
-                unapplied_wire_bytes: sending.unapplied_bytes,
-                disk_bytes: self.vm.disk_delta_bytes().await?,
-                dirty_bytes_per_s,
-                wire_per_page_byte: sending.wire_per_page_byte,
-                link_bytes_per_s: self.link.bytes_per_s(),
-                rtt_ms: path.rtt.as_secs_f64() * 1000.0,
-            };
-            if measured.first_pass_done && measured.disk_bytes <= 4 * SYNC_ENOUGH_BYTES {
-                stage.open();
-            }
-            match convergence.decide(&measured) {
-                Decision::Continue => {}
-                Decision::Switch { forecast_ms, within_target } => {
-                    tracing::info!(vm = self.job.vm, forecast_ms, ?measured, "switching over");
-                    if !within_target {
-                        self.meter.note(format!(
-                            "the guest stays too busy for a downtime of {:.0} ms: switched over \
-                             at a local minimum with {forecast_ms:.0} ms expected",
-                            options.downtime_target_ms
-                        ));
-                    }
-                    return Ok(());
-                }
-                Decision::GiveUp { reason } => {
-                    return Err(MigrationError::DoesNotConverge {
-                        vm: self.job.vm.clone(),
-                        reason,
-                    });
-                }
-            }
-        }
     }
 
     /// Pause, last blocks, last pages, device state. The pump and the sender run beside this.

@@ -1,13 +1,12 @@
 //! One attempt at its target, from the first message to the verdict.
 //!
 //! Invariant: nothing runs here before the journal says `Accepted`, and whatever ends an attempt
-//! before that leaves a durable refusal. Items are applied by two tasks, one for disks and one for
-//! memory; this file sorts messages and decides when everything is there.
+//! before that leaves a durable refusal. Items are applied by tasks of their own ([`items`]); this file
+//! sorts messages and decides when everything is there.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use longhaul_transport::{ControlSender, Session};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -16,16 +15,12 @@ use super::attempts::{Attempts, Entered};
 use super::disk::DiskReceiver;
 use super::error::MigrationError;
 use super::handover::{Target, TargetEffect, TargetEvent, TargetRecord, TargetState, Verdict};
+use super::items::{self, DiskWork, QUEUED_ITEMS_MAX, queue};
 use super::job::{Side, Site};
 use super::journal::{History, Record, Role};
-use super::memory::MemoryReceiver;
-use super::message::{
-    BulkHeader, JobId, MAX_DISKS, MemoryKind, Open, Purpose, TargetTimes, ToSource, ToTarget, Token,
-};
+use super::memory::{self, MemoryReceiver, MemoryWork};
+use super::message::{JobId, MAX_DISKS, Open, Purpose, TargetTimes, ToSource, ToTarget, Token};
 use crate::hypervisor::{DiskInfo, TargetVm, VmSpec};
-
-/// Items that wait for the task that applies them.
-const QUEUED_ITEMS_MAX: usize = 32;
 
 /// How long a session stays open behind the last words.
 const LINGER: Duration = Duration::from_secs(10);
@@ -142,20 +137,6 @@ async fn admit(
     }
 }
 
-/// What the disk task is told.
-enum DiskWork {
-    Item(BulkHeader, Bytes),
-    RoundDone,
-    Keep(u64, oneshot::Sender<Result<(), MigrationError>>),
-    Close(oneshot::Sender<Result<(), MigrationError>>),
-}
-
-/// What the memory task is told.
-enum MemoryWork {
-    Item(u64, MemoryKind, Bytes),
-    Finish(oneshot::Sender<Result<(), MigrationError>>),
-}
-
 struct Arrival<'a> {
     site: &'a Site,
     peer: &'a str,
@@ -259,8 +240,8 @@ impl<'a> Arrival<'a> {
         let (disk_items_in, mut disk_items) = watch::channel(0);
         let (memory_items_in, mut memory_items) = watch::channel(0);
         let (wants_in, mut wants) = mpsc::channel(QUEUED_ITEMS_MAX);
-        self.tasks.spawn(write_disks(disks, disk_queue, disk_items_in, wants_in));
-        self.tasks.spawn(sort_items(
+        self.tasks.spawn(items::write_disks(disks, disk_queue, disk_items_in, wants_in));
+        self.tasks.spawn(items::sort(
             self.peer.to_owned(),
             self.session.clone(),
             disk_work.clone(),
@@ -296,9 +277,8 @@ impl<'a> Arrival<'a> {
                             let vm = self.site.host.prepare(&self.spec).await?;
                             self.vm = Some(vm.clone());
                             let sink = vm.open_memory().await?;
-                            let memory =
-                                MemoryReceiver::new(self.peer, sink, &self.site.scratch)?;
-                            self.tasks.spawn(write_memory(memory, queue, items));
+                            let memory = MemoryReceiver::new(self.peer, &self.site.scratch)?;
+                            self.tasks.spawn(memory::receive(memory, sink, queue, items));
                             self.tell(&ToSource::Prepared).await?;
                         }
                         Some(ToTarget::Token(token)) if token.job == self.job
@@ -509,80 +489,4 @@ async fn linger(session: &Session) {
     if tokio::time::timeout(LINGER, session.closed()).await.is_err() {
         session.close("nothing more to say");
     }
-}
-
-async fn queue<T>(queue: &mpsc::Sender<T>, work: T, peer: &str) -> Result<(), MigrationError> {
-    let sent = queue.send(work).await;
-    sent.map_err(|_| MigrationError::protocol(peer, "a task of the attempt is gone"))
-}
-
-/// Sorts bulk items to who applies them.
-async fn sort_items(
-    peer: String,
-    session: Session,
-    disks: mpsc::Sender<DiskWork>,
-    memory: mpsc::Sender<MemoryWork>,
-) -> Result<(), MigrationError> {
-    loop {
-        // The control stream has the better words, and after the token it does not matter.
-        let Ok(batch) = session.recv_batch().await else { return Ok(()) };
-        let (header, body) = BulkHeader::decode(batch.body)
-            .map_err(|error| MigrationError::protocol(&peer, error))?;
-        match header {
-            BulkHeader::Memory { item, kind } => {
-                queue(&memory, MemoryWork::Item(item, kind, body), &peer).await?;
-            }
-            header => queue(&disks, DiskWork::Item(header, body), &peer).await?,
-        }
-    }
-}
-
-async fn write_disks(
-    mut disks: DiskReceiver,
-    mut work: mpsc::Receiver<DiskWork>,
-    items: watch::Sender<u64>,
-    wants: mpsc::Sender<ToSource>,
-) -> Result<(), MigrationError> {
-    while let Some(work) = work.recv().await {
-        match work {
-            DiskWork::Item(header, body) => {
-                if let Some(want) = disks.apply(&header, body).await?
-                    && wants.send(want).await.is_err()
-                {
-                    return Ok(());
-                }
-                items.send_replace(disks.items());
-            }
-            DiskWork::RoundDone => disks.round_done().await?,
-            DiskWork::Keep(generation, done) => {
-                let _ = done.send(disks.keep(generation).await);
-                return Ok(());
-            }
-            DiskWork::Close(done) => {
-                let _ = done.send(disks.close().await);
-                return Ok(());
-            }
-        }
-    }
-    Ok(())
-}
-
-async fn write_memory(
-    mut memory: MemoryReceiver,
-    mut work: mpsc::Receiver<MemoryWork>,
-    items: watch::Sender<u64>,
-) -> Result<(), MigrationError> {
-    while let Some(work) = work.recv().await {
-        match work {
-            MemoryWork::Item(item, kind, body) => {
-                memory.take(item, kind, body).await?;
-                items.send_replace(memory.items());
-            }
-            MemoryWork::Finish(done) => {
-                let _ = done.send(memory.finish().await);
-                return Ok(());
-            }
-        }
-    }
-    Ok(())
 }

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 /// Generous: the machine may be busy with other things. A cut link alone is noticed after 30 s.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
 /// How often the agent is asked how far it is.
-const LOOK_PERIOD: Duration = Duration::from_millis(20);
+pub(crate) const LOOK_PERIOD: Duration = Duration::from_millis(20);
 /// What may be in flight when something breaks: windows, queues, and what was being applied.
 pub(crate) const IN_FLIGHT_BYTES: u64 = 6 << 20;
 

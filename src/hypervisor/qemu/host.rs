@@ -24,6 +24,7 @@ use super::probe::QemuFacts;
 use super::source::QemuSource;
 use super::target::QemuTarget;
 use super::{check, status};
+use crate::hypervisor::spec::DiskSpec;
 use crate::hypervisor::spec::host::{HostPolicy, ResolvedVm, resolve};
 use crate::hypervisor::{
     DiskInfo, Host, HypervisorError, ImageFile, IncomingDisk, SourceVm, TargetVm, VmSpec,
@@ -109,7 +110,10 @@ impl QemuHost {
 impl Host for QemuHost {
     async fn source(&self, vm: &str) -> Result<Arc<dyn SourceVm>, HypervisorError> {
         let handle = self.book.handle(vm).await?;
-        Ok(Arc::new(QemuSource::new(handle.spec.clone(), handle).await?))
+        let spec = handle.spec.clone();
+        let in_pool = |disk: &DiskSpec| self.policy.in_pool(&disk.location).ok();
+        let images = spec.disks.iter().map(in_pool).collect();
+        Ok(Arc::new(QemuSource::new(spec, images, handle).await?))
     }
 
     async fn runs(&self, vm: &str) -> bool {

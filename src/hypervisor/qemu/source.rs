@@ -3,6 +3,8 @@
 //! Invariant: this file only joins the parts; each call is one of `disk`'s, `memory`'s or
 //! `launch`'s, and says what it observed.
 
+use std::path::PathBuf;
+
 use async_trait::async_trait;
 
 use super::disk::{SourceDisks, SourceDisksConfig};
@@ -19,14 +21,20 @@ const TRACKING: &str = "move";
 /// A VM that runs here.
 pub(super) struct QemuSource {
     spec: VmSpec,
+    images: Vec<Option<PathBuf>>,
     handle: QemuHandle,
     disks: SourceDisks,
     memory: SourceMemory,
 }
 
 impl QemuSource {
-    /// The VM that `spec` describes and that runs behind `handle`.
-    pub(super) async fn new(spec: VmSpec, handle: QemuHandle) -> Result<Self, HypervisorError> {
+    /// The VM that `spec` describes and that runs behind `handle`; for `images` see
+    /// [`SourceVm::images`].
+    pub(super) async fn new(
+        spec: VmSpec,
+        images: Vec<Option<PathBuf>>,
+        handle: QemuHandle,
+    ) -> Result<Self, HypervisorError> {
         let nodes = status::disk_nodes(&handle.qmp, &spec).await?;
         let disks = SourceDisks::new(
             handle.qmp.clone(),
@@ -38,7 +46,7 @@ impl QemuSource {
             },
         )?;
         let memory = SourceMemory::new(handle.qmp.clone(), handle.paths.migration.clone());
-        Ok(Self { spec, handle, disks, memory })
+        Ok(Self { spec, images, handle, disks, memory })
     }
 }
 
@@ -63,6 +71,10 @@ impl SourceVm for QemuSource {
 
     async fn disks(&self) -> Result<Vec<DiskInfo>, HypervisorError> {
         self.disks.disks().await
+    }
+
+    fn images(&self) -> Vec<Option<PathBuf>> {
+        self.images.clone()
     }
 
     async fn disk_full(&self) -> Result<Vec<Box<dyn DiskView>>, HypervisorError> {

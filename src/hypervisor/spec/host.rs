@@ -69,6 +69,17 @@ fn default_sandbox() -> bool {
     true
 }
 
+impl HostPolicy {
+    /// Where a file lies that is given by pool and name.
+    ///
+    /// # Errors
+    ///
+    /// Why this host does not have it there, or would not have it, in a sentence.
+    pub fn in_pool(&self, location: &ImageLocation) -> Result<PathBuf, String> {
+        place(location, self, Author::Anybody)
+    }
+}
+
 impl Default for HostPolicy {
     fn default() -> Self {
         Self {

@@ -4,7 +4,9 @@
 //! nothing is called present that was not read back and checked.
 
 mod receive;
+mod record;
 mod send;
 
 pub(super) use receive::DiskReceiver;
+pub(super) use record::ImageRecord;
 pub(super) use send::{DiskSender, How};

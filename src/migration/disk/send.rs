@@ -22,6 +22,7 @@ use super::super::error::MigrationError;
 use super::super::link::Link;
 use super::super::message::BulkHeader;
 use super::super::meter::Meter;
+use super::record::ImageRecord;
 use crate::hypervisor::{DiskView, Extent};
 
 /// Payload bytes in a parcel: what is read, hashed and offered as one.
@@ -58,6 +59,11 @@ impl Chunk {
     fn bytes(&self) -> u64 {
         self.content.data().len() as u64
     }
+
+    fn entry(&self) -> RecipeEntry {
+        let len = self.content.data().len() as u32;
+        RecipeEntry { offset: self.offset, len, id: self.content.id() }
+    }
 }
 
 /// An offer that waits for its answer.
@@ -77,11 +83,17 @@ pub(in super::super) struct DiskSender<'a> {
     link: &'a Link,
     meter: &'a Meter,
     coding: &'a Coding,
+    record: &'a ImageRecord,
 }
 
 impl<'a> DiskSender<'a> {
-    pub(in super::super) fn new(link: &'a Link, meter: &'a Meter, coding: &'a Coding) -> Self {
-        Self { link, meter, coding }
+    pub(in super::super) fn new(
+        link: &'a Link,
+        meter: &'a Meter,
+        coding: &'a Coding,
+        record: &'a ImageRecord,
+    ) -> Self {
+        Self { link, meter, coding, record }
     }
 
     /// Sends what a view covers. Returns once everything is with the transport.
@@ -159,6 +171,7 @@ impl<'a> DiskSender<'a> {
         class: Class,
         zeros: &[(u64, u64)],
     ) -> Result<(), MigrationError> {
+        self.record.void(disk, zeros.iter().map(|&(offset, len)| offset..offset + len));
         for some in zeros.chunks(MAX_BUNDLE_PARTS) {
             let parts =
                 some.iter().map(|&(offset, len)| BundlePart::Zero { offset, len }).collect();
@@ -176,6 +189,8 @@ impl<'a> DiskSender<'a> {
     ) -> Result<Vec<Chunk>, MigrationError> {
         self.meter.disk_zero(parcel.zeros.iter().map(|(_, len)| len).sum());
         self.send_zeros(disk, class, &parcel.zeros).await?;
+        let entries: Vec<RecipeEntry> = parcel.chunks.iter().map(Chunk::entry).collect();
+        self.record.chunks(disk, &entries);
         Ok(parcel.chunks)
     }
 
@@ -187,14 +202,7 @@ impl<'a> DiskSender<'a> {
         pending: &Mutex<HashMap<u64, Open>>,
     ) -> Result<(), MigrationError> {
         let item = self.link.next_disk_item();
-        let entries = chunks
-            .iter()
-            .map(|chunk| RecipeEntry {
-                offset: chunk.offset,
-                len: chunk.bytes() as u32,
-                id: chunk.content.id(),
-            })
-            .collect();
+        let entries = chunks.iter().map(Chunk::entry).collect();
         let offer = Offer { disk, first: item, entries };
         let body = offer.encode();
         pending.lock().await.insert(item, Open { offer, chunks });

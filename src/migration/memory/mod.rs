@@ -10,5 +10,5 @@ mod receive;
 mod send;
 
 pub(super) use pump::{Pump, Stage};
-pub(super) use receive::MemoryReceiver;
+pub(super) use receive::{MemoryReceiver, MemoryWork, receive};
 pub(super) use send::{MemorySender, SendState};

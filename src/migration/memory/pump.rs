@@ -189,8 +189,6 @@ impl Pump {
             }
             MemoryEvent::Page { region, page, content } => {
                 self.see(&mut inner, region, page)?;
-                // A copy of its own: a slice would hold the whole read buffer in memory.
-                let content = Bytes::copy_from_slice(&content);
                 inner.staging.put(PageKey::new(region, page), Some(content));
             }
             MemoryEvent::LastPass => inner.last_pass = true,

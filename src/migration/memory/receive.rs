@@ -1,4 +1,5 @@
-//! The receiving half: puts items in order, rebuilds and checks pages, feeds the hypervisor.
+//! The receiving half: puts items in order, rebuilds and checks pages, feeds the hypervisor. One item
+//! is rebuilt while the hypervisor takes in the one before.
 //!
 //! Invariant: a page reaches the hypervisor only after its batch, rebuilt in full, had the hashes
 //! that the source computed. The page store is a file without a name: what the source said last of
@@ -16,6 +17,7 @@ use longhaul_dedup::compress::{self, Packed};
 use longhaul_dedup::pagebatch::{self, Limits, MAX_PAGES_PER_BATCH, PageAt, PageBatchError};
 use longhaul_dedup::pagebatch::{Placed, RebuildError as NotProven};
 use longhaul_dedup::pages::{PAGE_BYTES, Page};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::super::error::MigrationError;
 use super::super::message::{MAX_REGIONS, MemoryKind};
@@ -26,43 +28,76 @@ use crate::hypervisor::{MemoryEvent, MemoryLayout, MemorySink};
 const WAITING_ITEMS_MAX: usize = 4096;
 /// The largest opaque item that is unpacked.
 const OPAQUE_BYTES_MAX: usize = 4 << 20;
+/// Items that are rebuilt and not yet with the hypervisor.
+const REBUILT_ITEMS_MAX: usize = 2;
+/// Neighbouring pages that are written to the page store as one.
+const RUN_BYTES_MAX: usize = 1 << 20;
 /// The largest guest that is accepted, as at the source.
 const GUEST_BYTES_MAX: u64 = 4 << 40;
 
-/// Receives the memory of one attempt.
+/// What the memory task is told.
+pub(in super::super) enum MemoryWork {
+    Item(u64, MemoryKind, Bytes),
+    Finish(oneshot::Sender<Result<(), MigrationError>>),
+}
+
+/// Receives the memory of one attempt until it is told to finish; `applied` counts the items that the
+/// hypervisor has.
+pub(in super::super) async fn receive(
+    mut memory: MemoryReceiver,
+    mut sink: Box<dyn MemorySink>,
+    mut work: mpsc::Receiver<MemoryWork>,
+    applied: watch::Sender<u64>,
+) -> Result<(), MigrationError> {
+    let (ready, mut rebuilt) = mpsc::channel(REBUILT_ITEMS_MAX);
+    let rebuilding = async move {
+        while let Some(work) = work.recv().await {
+            match work {
+                MemoryWork::Item(item, kind, body) => memory.take(item, kind, body, &ready).await?,
+                MemoryWork::Finish(done) => return Ok(Some(done)),
+            }
+        }
+        Ok(None)
+    };
+    let feeding = async {
+        while let Some(events) = rebuilt.recv().await {
+            sink.apply(events).await?;
+            applied.send_modify(|items| *items += 1);
+        }
+        Ok::<_, MigrationError>(())
+    };
+    let (done, ()) = tokio::try_join!(rebuilding, feeding)?;
+    if let Some(done) = done {
+        let _ = done.send(sink.finish().await.map_err(MigrationError::from));
+    }
+    Ok(())
+}
+
+/// Puts items in order and makes of each what the hypervisor is to get.
 pub(in super::super) struct MemoryReceiver {
     peer: String,
-    sink: Box<dyn MemorySink>,
     store: PageStore,
     next: u64,
     waiting: BTreeMap<u64, (MemoryKind, Bytes)>,
 }
 
 impl MemoryReceiver {
-    /// Feeds `sink`, with a page store in the folder `dir`.
-    pub(in super::super) fn new(
-        peer: &str,
-        sink: Box<dyn MemorySink>,
-        dir: &Path,
-    ) -> Result<Self, MigrationError> {
+    /// A receiver with a page store in the folder `dir`.
+    pub(in super::super) fn new(peer: &str, dir: &Path) -> Result<Self, MigrationError> {
         let store = PageStore::new(dir).map_err(|source| MigrationError::Io {
             doing: format!("making a page store in {}", dir.display()),
             source,
         })?;
-        Ok(Self { peer: peer.to_owned(), sink, store, next: 0, waiting: BTreeMap::new() })
+        Ok(Self { peer: peer.to_owned(), store, next: 0, waiting: BTreeMap::new() })
     }
 
-    /// Items applied so far, all of them the first ones.
-    pub(in super::super) fn items(&self) -> u64 {
-        self.next
-    }
-
-    /// Takes an item, in any order, and applies what can be applied.
-    pub(in super::super) async fn take(
+    /// Takes an item, in any order, and gives what can be applied to `ready`, in order.
+    async fn take(
         &mut self,
         item: u64,
         kind: MemoryKind,
         body: Bytes,
+        ready: &mpsc::Sender<Vec<MemoryEvent>>,
     ) -> Result<(), MigrationError> {
         if item < self.next
             || self.waiting.len() >= WAITING_ITEMS_MAX
@@ -72,15 +107,12 @@ impl MemoryReceiver {
         }
         while let Some((kind, body)) = self.waiting.remove(&self.next) {
             let events = self.events(kind, body).await?;
-            self.sink.apply(events).await?;
             self.next += 1;
+            // Who takes them has failed, and says why.
+            if ready.send(events).await.is_err() {
+                return Ok(());
+            }
         }
-        Ok(())
-    }
-
-    /// Ends the stream into the hypervisor.
-    pub(in super::super) async fn finish(self) -> Result<(), MigrationError> {
-        self.sink.finish().await?;
         Ok(())
     }
 
@@ -195,6 +227,7 @@ impl PageStore {
             return Err(error.into());
         }
         let mut events = Vec::new();
+        let mut run = Run::default();
         for placed in proven? {
             match placed {
                 Placed::Zero { at, count } => {
@@ -204,13 +237,14 @@ impl PageStore {
                     }
                 }
                 Placed::Page { at, content, .. } => {
-                    self.file()?.write_all_at(content.as_array(), self.offset(at))?;
+                    run.add(self.file()?, self.offset(at), &content)?;
                     self.held[usize::from(at.region)][at.page as usize] = Held::Content;
                     let content = content.into_bytes();
                     events.push(MemoryEvent::Page { region: at.region, page: at.page, content });
                 }
             }
         }
+        run.write(self.file()?)?;
         Ok(events)
     }
 
@@ -237,5 +271,29 @@ impl PageStore {
 
     fn file(&self) -> io::Result<&File> {
         self.file.as_ref().ok_or_else(|| io::Error::other("the page store is gone"))
+    }
+}
+
+/// Pages that follow each other, to be written as one.
+#[derive(Default)]
+struct Run {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Run {
+    fn add(&mut self, file: &File, offset: u64, page: &Page) -> io::Result<()> {
+        if offset != self.start + self.bytes.len() as u64 || self.bytes.len() >= RUN_BYTES_MAX {
+            self.write(file)?;
+            self.start = offset;
+        }
+        self.bytes.extend_from_slice(page.as_array());
+        Ok(())
+    }
+
+    fn write(&mut self, file: &File) -> io::Result<()> {
+        file.write_all_at(&self.bytes, self.start)?;
+        self.bytes.clear();
+        Ok(())
     }
 }

@@ -1,0 +1,86 @@
+//! What arrives at a target in bulk: sorted to the task that applies it. Disks and memory have one
+//! each, so that neither waits for the other's image or hypervisor.
+//!
+//! Invariant: a task that is full holds up whoever feeds it, and so in the end the source.
+
+use bytes::Bytes;
+use longhaul_transport::Session;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::disk::DiskReceiver;
+use super::error::MigrationError;
+use super::memory::MemoryWork;
+use super::message::{BulkHeader, ToSource};
+
+/// Items that wait for the task that applies them.
+pub(super) const QUEUED_ITEMS_MAX: usize = 32;
+
+/// What the disk task is told.
+pub(super) enum DiskWork {
+    Item(BulkHeader, Bytes),
+    RoundDone,
+    Keep(u64, oneshot::Sender<Result<(), MigrationError>>),
+    Close(oneshot::Sender<Result<(), MigrationError>>),
+}
+
+/// Hands work to a task of the attempt.
+pub(super) async fn queue<T>(
+    queue: &mpsc::Sender<T>,
+    work: T,
+    peer: &str,
+) -> Result<(), MigrationError> {
+    let sent = queue.send(work).await;
+    sent.map_err(|_| MigrationError::protocol(peer, "a task of the attempt is gone"))
+}
+
+/// Sorts bulk items to who applies them.
+pub(super) async fn sort(
+    peer: String,
+    session: Session,
+    disks: mpsc::Sender<DiskWork>,
+    memory: mpsc::Sender<MemoryWork>,
+) -> Result<(), MigrationError> {
+    loop {
+        // The control stream has the better words, and after the token it does not matter.
+        let Ok(batch) = session.recv_batch().await else { return Ok(()) };
+        let (header, body) = BulkHeader::decode(batch.body)
+            .map_err(|error| MigrationError::protocol(&peer, error))?;
+        match header {
+            BulkHeader::Memory { item, kind } => {
+                queue(&memory, MemoryWork::Item(item, kind, body), &peer).await?;
+            }
+            header => queue(&disks, DiskWork::Item(header, body), &peer).await?,
+        }
+    }
+}
+
+/// Applies disk items in the order in which they come; counts them, and answers offers.
+pub(super) async fn write_disks(
+    mut disks: DiskReceiver,
+    mut work: mpsc::Receiver<DiskWork>,
+    items: watch::Sender<u64>,
+    wants: mpsc::Sender<ToSource>,
+) -> Result<(), MigrationError> {
+    while let Some(work) = work.recv().await {
+        match work {
+            DiskWork::Item(header, body) => {
+                if let Some(want) = disks.apply(&header, body).await?
+                    && wants.send(want).await.is_err()
+                {
+                    return Ok(());
+                }
+                items.send_replace(disks.items());
+            }
+            DiskWork::RoundDone => disks.round_done().await?,
+            DiskWork::Keep(generation, done) => {
+                let _ = done.send(disks.keep(generation).await);
+                return Ok(());
+            }
+            DiskWork::Close(done) => {
+                let _ = done.send(disks.close().await);
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
