@@ -8,6 +8,7 @@ pub mod qemu;
 pub mod spec;
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -234,8 +235,9 @@ pub trait SourceVm: Send + Sync {
     async fn set_memory_rate(&self, bytes_per_s: u64) -> Result<(), HypervisorError>;
     /// Lets the hypervisor pause the VM as soon as it can.
     async fn allow_switchover(&self) -> Result<(), HypervisorError>;
-    /// Returns once the VM is paused by the switchover and its disks can no longer change.
-    async fn wait_paused(&self) -> Result<(), HypervisorError>;
+    /// Returns once the VM is paused by the switchover and its disks can no longer change; gives the
+    /// instant at which it last stopped, which is long ago if its owner paused it.
+    async fn wait_paused(&self) -> Result<Instant, HypervisorError>;
     /// Lets the hypervisor send the last pages and the device state. The memory source must be read
     /// all the while, and from its last pass on at full speed until it ends.
     async fn finish_memory(&self) -> Result<(), HypervisorError>;

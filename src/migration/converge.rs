@@ -59,6 +59,17 @@ impl Measured {
         let wire = pages + self.disk_bytes as f64 * 0.5 + self.unapplied_wire_bytes as f64;
         wire / self.link_bytes_per_s.max(1.0) * 1000.0 + self.rtt_ms / 2.0 + FIXED_MS
     }
+
+    /// Page bytes that the link takes in `ms`.
+    pub fn page_bytes_in(&self, ms: f64) -> u64 {
+        (self.link_bytes_per_s * ms / 1000.0 / self.wire_per_page_byte.max(0.01)) as u64
+    }
+
+    /// Milliseconds for what is staged and sent already.
+    pub fn under_way_ms(&self) -> f64 {
+        let wire = self.staged_bytes as f64 * self.wire_per_page_byte;
+        (wire + self.unapplied_wire_bytes as f64) / self.link_bytes_per_s.max(1.0) * 1000.0
+    }
 }
 
 /// What to do.
@@ -164,6 +175,15 @@ mod tests {
             link_bytes_per_s: 25e6,
             rtt_ms: 80.0,
         }
+    }
+
+    #[test]
+    fn what_is_under_way_is_counted_as_the_link_sees_it() {
+        let sent = Measured { unapplied_wire_bytes: 1_000_000, ..measured(100, 0) };
+        let both = Measured { staged_bytes: 2_000_000, ..sent };
+        assert_eq!(sent.under_way_ms(), 40.0);
+        assert_eq!(both.under_way_ms(), 80.0);
+        assert_eq!(both.page_bytes_in(80.0), 4_000_000);
     }
 
     #[test]

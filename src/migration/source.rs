@@ -296,8 +296,9 @@ impl Attempt<'_> {
         })?;
         stage.flat_out();
         self.vm.allow_switchover().await?;
-        self.vm.wait_paused().await?;
-        let paused = Instant::now();
+        let stopped = self.vm.wait_paused().await?;
+        // What its owner paused has no downtime of ours.
+        let paused = if self.was_running { stopped } else { Instant::now() };
         let views = self.vm.disk_delta().await?;
         self.send_views(&views, How::Push, Class::HandOver).await?;
         let collected = Instant::now();

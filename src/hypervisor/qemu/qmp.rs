@@ -98,6 +98,8 @@ enum State {
         next_id: u64,
         pending: HashMap<u64, oneshot::Sender<Answer>>,
         events: broadcast::Sender<QmpEvent>,
+        /// When it last reported that the VM stopped.
+        stopped: Option<Instant>,
     },
     /// The socket is closed, with the reason.
     Closed(String),
@@ -237,6 +239,7 @@ impl Qmp {
                 next_id: 1,
                 pending: HashMap::new(),
                 events: broadcast::channel(EVENTS_BEHIND_MAX).0,
+                stopped: None,
             }),
         });
         let (lines, queue) = mpsc::channel(IN_FLIGHT_MAX);
@@ -346,6 +349,14 @@ impl Qmp {
             State::Open { events, .. } => events.subscribe(),
             // A receiver whose sender is dropped at once: it says that the channel is closed.
             State::Closed(_) => broadcast::channel(1).1,
+        }
+    }
+
+    /// When it last reported that its VM stopped, if it did on this connection.
+    pub fn stopped_at(&self) -> Option<Instant> {
+        match &*self.inner.shared.lock() {
+            State::Open { stopped, .. } => *stopped,
+            State::Closed(_) => None,
         }
     }
 
@@ -545,13 +556,16 @@ async fn read_lines(mut read: BufReader<OwnedReadHalf>, shared: &Shared, vm: &st
 
 fn dispatch(line: Line, shared: &Shared, vm: &str) {
     let mut state = shared.lock();
-    let State::Open { pending, events, .. } = &mut *state else { return };
+    let State::Open { pending, events, stopped, .. } = &mut *state else { return };
     if let Some(name) = line.event {
         tracing::debug!(vm, event = name, data = %line.data, "qmp event");
         let at_us = line.timestamp.and_then(|t| {
             let seconds = u64::try_from(t.seconds).ok()?.checked_mul(1_000_000)?;
             seconds.checked_add(u64::try_from(t.microseconds).ok()?)
         });
+        if name == "STOP" {
+            *stopped = Some(Instant::now());
+        }
         // Nobody listening is fine.
         let _ = events.send(QmpEvent { name, data: line.data, at_us });
         return;

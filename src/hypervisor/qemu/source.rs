@@ -4,6 +4,7 @@
 //! `launch`'s, and says what it observed.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use async_trait::async_trait;
 
@@ -113,7 +114,7 @@ impl SourceVm for QemuSource {
         self.memory.allow_switchover().await
     }
 
-    async fn wait_paused(&self) -> Result<(), HypervisorError> {
+    async fn wait_paused(&self) -> Result<Instant, HypervisorError> {
         self.memory.wait_paused().await
     }
 

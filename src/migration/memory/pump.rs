@@ -17,10 +17,13 @@ use super::super::staging::{PageKey, Staging};
 use crate::hypervisor::{HypervisorError, MemoryEvent, MemoryLayout, MemorySource, PAGE_BYTES};
 
 /// What may always wait: one batch for the coder and one for the link. After the first pass this
-/// much is always there while the guest is busy, and it is sent while the guest is paused.
+/// much is always there while the guest is busy, and it is sent while the guest is paused; less on a
+/// link that is slow, see [`Stage::link_takes`].
 const STAGED_LOW_BYTES: u64 = 1 << 20;
 /// What may wait towards the end of the first pass.
 const STAGED_FIRST_PASS_BYTES: u64 = 4 << 20;
+/// What may wait on the slowest link: enough for pages to compress together.
+const STAGED_LEAST_BYTES: u64 = 128 << 10;
 /// The largest guest that is accepted: 4 TiB, a bound for the tables that are made for it.
 const GUEST_BYTES_MAX: u64 = 4 << 40;
 /// Pages of the first pass that stay unread while a switchover is not wanted yet.
@@ -57,6 +60,8 @@ pub(super) struct Inner {
     last_pass: bool,
     /// The rest of the stream passes through: there are no pages to count any more.
     passthrough: bool,
+    /// Page bytes that the link takes in a moment; 0 while it is not known.
+    link_takes: u64,
     /// The switchover may come: nothing is held back.
     open: bool,
     /// Everything must be read as fast as the budget allows, the last pass at full speed.
@@ -83,6 +88,12 @@ impl Stage {
     /// Bytes of page versions that were superseded while they waited.
     pub(in super::super) fn superseded_bytes(&self) -> u64 {
         self.lock().staging.superseded_bytes()
+    }
+
+    /// So many page bytes the link takes in a fraction of the downtime that is asked for. When little
+    /// is left to read, no more than this waits: the guest may be paused at any moment.
+    pub(in super::super) fn link_takes(&self, bytes: u64) {
+        self.lock().link_takes = bytes;
     }
 
     /// Nothing else stands against a switchover: the end of the first pass may be read.
@@ -122,6 +133,10 @@ impl Inner {
         }
         let left = self.first_pass_left * PAGE_BYTES as u64;
         let low = if left == 0 { STAGED_LOW_BYTES } else { STAGED_FIRST_PASS_BYTES };
+        let low = match self.link_takes {
+            0 => low,
+            takes => low.min(takes.max(STAGED_LEAST_BYTES)),
+        };
         waits < budget.min(left / 4).max(low)
     }
 }
@@ -217,4 +232,25 @@ impl Pump {
 
 fn unexpected(detail: &str) -> HypervisorError {
     HypervisorError::Unexpected { vm: "the memory stream".into(), detail: detail.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn before_a_slow_link_little_waits_once_the_guest_may_be_paused() {
+        let mut inner = Inner { layout_seen: true, open: true, ..Inner::default() };
+        for page in 0..64 {
+            inner.staging.put(PageKey::new(0, page), Some(Bytes::from(vec![1; PAGE_BYTES])));
+        }
+        assert!(inner.may_read(1 << 30), "256 KiB on a link that is not known");
+        inner.link_takes = 200 << 10;
+        assert!(!inner.may_read(1 << 30), "more than it takes");
+        inner.first_pass_left = 1 << 20;
+        assert!(inner.may_read(1 << 30), "in the first pass much may wait, to be superseded");
+        inner.flat_out = true;
+        inner.first_pass_left = 0;
+        assert!(inner.may_read(1 << 30), "the guest is about to be paused: read it all");
+    }
 }

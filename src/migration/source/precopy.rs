@@ -14,6 +14,9 @@ use super::super::memory::{SendState, Stage};
 use super::{Attempt, SYNC_ENOUGH_BYTES, TICK};
 use crate::hypervisor::PAGE_BYTES;
 
+/// Share of the downtime that is asked for which may go into pages that wait here.
+const WAITING_SHARE: f64 = 0.25;
+
 impl Attempt<'_> {
     /// Rounds of memory and disk, until the switchover would fit.
     pub(super) async fn precopy(
@@ -95,7 +98,12 @@ impl Attempt<'_> {
                 link_bytes_per_s: self.link.bytes_per_s(),
                 rtt_ms: path.rtt.as_secs_f64() * 1000.0,
             };
-            if measured.first_pass_done && measured.disk_bytes <= 4 * SYNC_ENOUGH_BYTES {
+            stage.link_takes(measured.page_bytes_in(options.downtime_target_ms * WAITING_SHARE));
+            // From here on the hypervisor may pause its guest: what is under way must fit first.
+            if measured.first_pass_done
+                && measured.disk_bytes <= 4 * SYNC_ENOUGH_BYTES
+                && measured.under_way_ms() <= options.downtime_target_ms
+            {
                 stage.open();
             }
             match convergence.decide(&measured) {

@@ -346,17 +346,19 @@ impl SourceMemory {
     }
 
     /// Returns once the VM is paused by the switchover: its CPUs stand still and its disks are
-    /// flushed. A VM that its owner had paused gets there too, though nothing then stops.
+    /// flushed. Gives when they stopped: a QEMU with nothing left to send does that unasked, and the
+    /// question came later. A VM that its owner had paused gets there too, though nothing then stops.
     ///
     /// # Errors
     ///
     /// `Unexpected`, with QEMU's words, if the migration ended instead; `Gone` after a time.
-    pub async fn wait_paused(&self) -> Result<(), HypervisorError> {
+    pub async fn wait_paused(&self) -> Result<std::time::Instant, HypervisorError> {
         match self.again.lock().await.as_mut() {
             Some(again) if again.teller.is_announced() => self.tell_again(again).await?,
             _ => self.wait_pre_switchover().await?,
         }
-        self.check_paused().await
+        self.check_paused().await?;
+        Ok(self.qmp.stopped_at().unwrap_or_else(Instant::now).into_std())
     }
 
     async fn wait_pre_switchover(&self) -> Result<(), HypervisorError> {
