@@ -24,10 +24,7 @@ pub(super) fn render(report: &Completed) -> String {
     if let Some(downtime) = &report.downtime {
         text += &format!("\n  downtime {} = {}\n", ms_text(downtime.total_ms), split(downtime));
     }
-    let saved = saved(&report.saved);
-    if !saved.is_empty() {
-        text += &format!("\n  not sent: {saved}\n");
-    }
+    text += &saved(&report.saved);
     for note in &report.notes {
         text += &format!("\n  note: {note}\n");
     }
@@ -79,6 +76,7 @@ fn split(downtime: &Downtime) -> String {
     parts.map(|(name, ms)| format!("{name} {ms:.1}")).join(" + ")
 }
 
+/// What did not have to cross the WAN, by what spared it; nothing if nothing was spared.
 fn saved(saved: &Saved) -> String {
     let parts = [
         ("zero on disk", saved.disk_zero_bytes),
@@ -90,8 +88,14 @@ fn saved(saved: &Saved) -> String {
         ("page differences", saved.memory_delta_bytes),
         ("memory compression", saved.memory_compressed_bytes),
     ];
-    let said = parts.into_iter().filter(|(_, bytes)| *bytes > 0);
-    said.map(|(name, bytes)| format!("{name} {}", ByteCount(bytes))).collect::<Vec<_>>().join(", ")
+    if parts.iter().all(|(_, bytes)| *bytes == 0) {
+        return String::new();
+    }
+    let mut table = Table::new(&["NOT SENT", ">BYTES"]);
+    for (name, bytes) in parts.into_iter().filter(|(_, bytes)| *bytes > 0) {
+        table.row([name.to_owned(), ByteCount(bytes).to_string()]);
+    }
+    format!("\n{}", table.render("  "))
 }
 
 fn ms_text(ms: f64) -> String {
@@ -161,7 +165,10 @@ db1 runs at lyon: 4 min 11 s, downtime 187.3 ms
 
   downtime 187.3 ms = collect 12.0 + drain 88.1 + park 9.2 + token 40.0 + load 30.0 + start 8.0
 
-  not sent: known at the target 480.0 MiB, zero in memory 2.0 GiB, superseded pages 300.0 MiB
+  NOT SENT                 BYTES
+  known at the target  480.0 MiB
+  zero in memory         2.0 GiB
+  superseded pages     300.0 MiB
 
   note: the guest was slowed down to 80 % for 12 s
 ";

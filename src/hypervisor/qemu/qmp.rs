@@ -7,21 +7,24 @@
 //! The protocol is QEMU's `docs/interop/qmp-spec`. Unknown fields, events and answers to commands
 //! that were given up are ignored, so newer QEMUs work.
 
+mod wire;
+
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
+pub use self::wire::LINE_BYTES_MAX;
+use self::wire::{ErrorAnswer, Line, NoGreeting, greet, next_line};
 use crate::hypervisor::HypervisorError;
 
 /// How long a monitor may take to accept us and greet. A monitor serves one client at a time and
@@ -47,9 +50,6 @@ const DISK_COMMANDS: [&str; 9] = [
     "stop",
     "transaction",
 ];
-
-/// Longest line that is accepted. `query-qmp-schema`, the longest known answer, has about 250 KiB.
-pub const LINE_BYTES_MAX: usize = 16 << 20;
 
 /// Events that a slow receiver may fall behind before it misses some (and is told so).
 const EVENTS_BEHIND_MAX: usize = 1024;
@@ -110,57 +110,6 @@ enum State {
 enum Answer {
     Return(Value),
     Error(ErrorAnswer),
-}
-
-#[derive(Debug, Deserialize)]
-struct ErrorAnswer {
-    #[serde(default)]
-    class: String,
-    #[serde(default)]
-    desc: String,
-}
-
-/// Everything a line can be. Which of the fields are there says which kind it is.
-#[derive(Debug, Deserialize)]
-struct Line {
-    #[serde(rename = "QMP")]
-    greeting: Option<Greeting>,
-    #[serde(rename = "return", default, deserialize_with = "present")]
-    returned: Option<Value>,
-    error: Option<ErrorAnswer>,
-    id: Option<Value>,
-    event: Option<String>,
-    #[serde(default)]
-    data: Value,
-    timestamp: Option<Timestamp>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Greeting {
-    version: GreetingVersion,
-}
-
-#[derive(Debug, Deserialize)]
-struct GreetingVersion {
-    qemu: Version,
-}
-
-#[derive(Debug, Deserialize)]
-struct Version {
-    major: u32,
-    minor: u32,
-    micro: u32,
-}
-
-#[derive(Debug, Deserialize)]
-struct Timestamp {
-    seconds: i64,
-    microseconds: i64,
-}
-
-/// Keeps `"return": null` apart from a line that has no `return` at all.
-fn present<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<Value>, D::Error> {
-    Value::deserialize(d).map(Some)
 }
 
 impl Qmp {
@@ -480,42 +429,6 @@ impl Answer {
 /// How long a command may take.
 fn limit_of(command: &str) -> Duration {
     if DISK_COMMANDS.contains(&command) { DISK_COMMAND_TIMEOUT } else { COMMAND_TIMEOUT }
-}
-
-/// Reads one line without its end into `line`; false at the end of the stream.
-async fn next_line(read: &mut BufReader<OwnedReadHalf>, line: &mut Vec<u8>) -> io::Result<bool> {
-    line.clear();
-    let taken = read.take(LINE_BYTES_MAX as u64 + 1).read_until(b'\n', line).await?;
-    if taken > LINE_BYTES_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("it sent a line of more than {LINE_BYTES_MAX} bytes"),
-        ));
-    }
-    Ok(taken > 0 && line.last() == Some(&b'\n'))
-}
-
-/// Why there is no greeting.
-enum NoGreeting {
-    Closed(String),
-    Stranger,
-}
-
-/// Reads up to the greeting and gives QEMU's version.
-async fn greet(read: &mut BufReader<OwnedReadHalf>) -> Result<(u32, u32, u32), NoGreeting> {
-    let mut line = Vec::new();
-    match next_line(read, &mut line).await {
-        Ok(true) => {}
-        Ok(false) => return Err(NoGreeting::Closed("end of stream".to_owned())),
-        Err(e) => return Err(NoGreeting::Closed(e.to_string())),
-    }
-    let parsed: Result<Line, _> = serde_json::from_slice(&line);
-    match parsed.map(|line| line.greeting) {
-        Ok(Some(Greeting { version: GreetingVersion { qemu } })) => {
-            Ok((qemu.major, qemu.minor, qemu.micro))
-        }
-        Ok(None) | Err(_) => Err(NoGreeting::Stranger),
-    }
 }
 
 async fn write_lines(
