@@ -402,11 +402,16 @@ fn end_mirror(source: &mut Vm) -> Result<()> {
 
 fn wait_status(qmp: &mut Qmp, wanted: &str, timeout: Duration) -> Result<()> {
     let what = format!("migration status {wanted}");
-    let status = wait_watched(qmp, &what, timeout, "query-migrate", |event| {
+    let choose = |event: &Event| {
         let status = event.data["status"].as_str()?;
         let is_end = status == wanted || matches!(status, "failed" | "cancelled");
         (event.name == "MIGRATION" && is_end).then(|| status.to_owned())
-    })?;
+    };
+    let status = match wanted {
+        // Only here a move may be given up: the guest still runs where it was.
+        "pre-switchover" => wait_watched(qmp, &what, timeout, "query-migrate", choose)?,
+        _ => qmp.wait(&what, timeout, choose)?,
+    };
     if status != wanted {
         let query = qmp.execute("query-migrate", json!({}))?;
         bail!(
