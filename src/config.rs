@@ -112,6 +112,8 @@ pub struct HookConfig {
     pub before_switchover: Option<PathBuf>,
     /// Runs after the hand-over; its failure is reported.
     pub after_switchover: Option<PathBuf>,
+    /// Runs before a guest is taken back without the target's word; its failure prevents that.
+    pub fence: Option<PathBuf>,
     /// Time that one run may take.
     pub timeout: Duration,
 }

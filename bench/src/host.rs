@@ -4,7 +4,7 @@
 //! file, and the agents end with the value that started them.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -22,6 +22,12 @@ pub const BINARY_VARIABLE: &str = "LONGHAUL_BIN";
 pub const VM: &str = "guest";
 /// The pool that the source's disk lies in and the target's arrives in.
 const POOL: &str = "default";
+/// The environment's name for the folder of points at which an agent of a test build stops, and that
+/// folder within the agent's.
+const POINTS_VARIABLE: &str = "LONGHAUL_POINTS";
+const POINTS: &str = "points";
+/// How `longhaul status` ends if a hand-over is not settled.
+const EXIT_IN_DOUBT: i32 = 3;
 /// The agents' UDP port.
 const PORT: u16 = 4873;
 /// How long an agent may take to answer after its start, and to end.
@@ -189,7 +195,17 @@ impl AgentPair {
     ///
     /// The agent's own words.
     pub fn status(&self, side: Side) -> Result<Value> {
-        self.ask(side, &["status"])
+        status(&self.program, self.folder(side))
+    }
+
+    /// The folder of the points at which one agent is to stop; only agents of a test build look.
+    pub fn points(&self, side: Side) -> PathBuf {
+        self.folder(side).join(POINTS)
+    }
+
+    /// The process of one agent.
+    pub fn pid(&self, side: Side) -> u32 {
+        self.agents[side as usize].child.id()
     }
 
     /// Waits until no VM runs at one end.
@@ -404,6 +420,7 @@ fn spawn(wan: &Wan, program: &Path, side: Side, folder: &Path) -> Result<Child> 
         .arg("--config")
         .arg(config(folder))
         .arg("agent")
+        .env(POINTS_VARIABLE, folder.join(POINTS))
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
@@ -414,7 +431,7 @@ fn spawn(wan: &Wan, program: &Path, side: Side, folder: &Path) -> Result<Child> 
 fn wait_answer(program: &Path, folder: &Path, child: &mut Child) -> Result<()> {
     let deadline = Instant::now() + AGENT_WAIT;
     loop {
-        match ask(program, folder, &["status"]) {
+        match status(program, folder) {
             Ok(_) => return Ok(()),
             Err(error) => {
                 let is_gone = matches!(child.try_wait(), Ok(Some(_)));
@@ -431,16 +448,31 @@ fn wait_answer(program: &Path, folder: &Path, child: &mut Child) -> Result<()> {
 }
 
 fn ask(program: &Path, folder: &Path, arguments: &[&str]) -> Result<Value> {
-    let output = Command::new(program)
+    let output = run(program, folder, arguments)?;
+    parse(&output, arguments, output.status.success())
+}
+
+fn status(program: &Path, folder: &Path) -> Result<Value> {
+    let output = run(program, folder, &["status"])?;
+    // That something is in doubt is an answer, too.
+    let is_answer = output.status.success() || output.status.code() == Some(EXIT_IN_DOUBT);
+    parse(&output, &["status"], is_answer)
+}
+
+fn run(program: &Path, folder: &Path, arguments: &[&str]) -> Result<Output> {
+    Command::new(program)
         .arg("--config")
         .arg(config(folder))
         .arg("--json")
         .args(arguments)
         .stdin(Stdio::null())
         .output()
-        .with_context(|| format!("while running {}", program.display()))?;
+        .with_context(|| format!("while running {}", program.display()))
+}
+
+fn parse(output: &Output, arguments: &[&str], is_answer: bool) -> Result<Value> {
     let text = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
+    if !is_answer {
         bail!(
             "longhaul {} failed ({}): {}{}",
             arguments.join(" "),

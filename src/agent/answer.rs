@@ -104,6 +104,14 @@ impl Desk {
             }
             Request::VmCheck { vm, to } => self.check(vm, to).await,
             Request::Cancel { vm } => self.cancel(&vm).await,
+            Request::Resolve { vm, runs, confirm } => {
+                if confirm != vm {
+                    let what = format!("the name that was typed is not {vm}: nothing was decided");
+                    return Err(Failure::refused(what, "type the VM's name to confirm"));
+                }
+                tracing::warn!(vm, ?runs, "the operator decides a hand-over in doubt");
+                self.mover.resolve(&vm, runs).await.map(Reply::Said)
+            }
             // Answered by `react`.
             Request::Seed(_) | Request::Migrate(_) | Request::Watch { .. } => {
                 Err(Failure::refused("this request starts or follows a job", ""))
@@ -126,7 +134,7 @@ impl Desk {
     }
 
     async fn is_in_doubt(&self, vm: &str) -> bool {
-        self.mover.in_doubt().await.iter().any(|doubt| doubt.vm == vm)
+        self.mover.in_doubt().await.iter().any(|doubt| doubt.vm == vm && doubt.blocks)
     }
 
     async fn start(&self, kind: JobKind, wish: MoveRequest) -> Result<Reaction, Failure> {

@@ -147,6 +147,23 @@ impl Book {
         Ok(())
     }
 
+    /// A VM that departed is this host's again; one that is here already stays as it is.
+    ///
+    /// # Errors
+    /// The files cannot be written, or no such VM has departed.
+    pub fn reclaim(&self, vm: &str) -> Result<(), BookError> {
+        if self.get(vm).is_some() {
+            return Ok(());
+        }
+        let entry = self.pages().departed.get(vm).cloned();
+        let entry = entry.ok_or_else(|| BookError::Io {
+            doing: "looking for the description of a VM that had departed in",
+            path: path(&self.departed_dir, vm),
+            source: io::ErrorKind::NotFound.into(),
+        })?;
+        self.add(entry)
+    }
+
     /// Whether `image` is one that the departed VM of this name left here, and no VM here uses.
     pub fn left_behind(&self, vm: &str, image: &Path) -> bool {
         self.departed_owner(image).is_some_and(|(owner, _)| owner == vm)

@@ -27,6 +27,8 @@ pub enum Moment {
     BeforeSwitchover,
     /// The hand-over is done.
     AfterSwitchover,
+    /// The operator takes a guest back that the peer may be running: it must not run there.
+    Fence,
 }
 
 /// Which end of the migration this host is.
@@ -107,6 +109,7 @@ impl Hooks {
         let program = match occasion.moment {
             Moment::BeforeSwitchover => self.config.before_switchover.clone(),
             Moment::AfterSwitchover => self.config.after_switchover.clone(),
+            Moment::Fence => self.config.fence.clone(),
         };
         let Some(program) = program else { return Ok(()) };
         let source = |source| HookError::Start { program: program.clone(), source };
@@ -194,7 +197,12 @@ mod tests {
         let path = dir.join("hook");
         std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        Hooks::new(HookConfig { before_switchover: Some(path), after_switchover: None, timeout })
+        Hooks::new(HookConfig {
+            before_switchover: Some(path),
+            after_switchover: None,
+            fence: None,
+            timeout,
+        })
     }
 
     fn occasion(moment: Moment) -> Occasion {
@@ -257,6 +265,7 @@ mod tests {
         let config = HookConfig {
             before_switchover: Some("/nonexistent/hook".into()),
             after_switchover: None,
+            fence: None,
             timeout: LONG,
         };
         let error = Hooks::new(config).run(&occasion(Moment::BeforeSwitchover)).await.unwrap_err();

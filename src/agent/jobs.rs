@@ -18,6 +18,7 @@ use super::history::History;
 use super::peers::Peer;
 use crate::control::{Failure, FailureKind, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary};
 use crate::hypervisor::VmSpec;
+use crate::migration::handover::Choice;
 use crate::migration::{Completed, Phase, Progress};
 
 /// One seed or migration, as it was admitted.
@@ -75,8 +76,11 @@ pub trait Mover: Send + Sync {
     /// Asks `peer` why it cannot take this VM; empty if it can.
     async fn obstacles_at(&self, spec: &VmSpec, peer: &Peer) -> Result<Vec<String>, Failure>;
 
-    /// Hand-overs that nobody has decided yet.
+    /// Hand-overs that are not settled.
     async fn in_doubt(&self) -> Vec<InDoubt>;
+
+    /// Decides one as the operator says, where neither side knows better; what came of it.
+    async fn resolve(&self, vm: &str, runs: Choice) -> Result<String, Failure>;
 
     /// Forgets that a VM's disks lie at a peer and stops tracking what is written to them; false if
     /// there is no such seed. What lies at the peer stays there.

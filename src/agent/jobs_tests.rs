@@ -46,6 +46,10 @@ impl Mover for ByName {
         Ok(Vec::new())
     }
 
+    async fn resolve(&self, vm: &str, _: Choice) -> Result<String, Failure> {
+        Err(Failure::refused(format!("{vm} is not in doubt"), ""))
+    }
+
     async fn in_doubt(&self) -> Vec<InDoubt> {
         Vec::new()
     }

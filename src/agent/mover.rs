@@ -3,8 +3,7 @@
 //! Invariant: this file joins a job to a `migration::Site` and says in people's words how it ended;
 //! what is left from an earlier life of the agent is settled before anything new begins for that VM.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -19,9 +18,11 @@ use super::peers::{Peer, PeerBook};
 use crate::control::{Failure, FailureKind, InDoubt, chain};
 use crate::hypervisor::VmSpec;
 use crate::hypervisor::qemu::host::QemuHost;
+use crate::migration::doubts::Doubts;
+use crate::migration::handover::Choice;
 use crate::migration::job::{self, Dial, MoveOptions, Side, Site};
-use crate::migration::journal::{History, JournalDir};
-use crate::migration::message::Purpose;
+use crate::migration::journal::{self, Began, History, JournalDir};
+use crate::migration::message::{JobId, Purpose};
 use crate::migration::seeds::SeedBook;
 use crate::migration::{self, Attempts, Completed, MigrationError, Progress};
 
@@ -33,10 +34,6 @@ const DEADLINE_DEFAULT: Duration = Duration::from_secs(60 * 60);
 /// row without progress.
 const CUT_WAIT: Duration = Duration::from_secs(2);
 const CUTS_MAX: u32 = 30;
-/// First wait before an attempt of an earlier life is tried again to be settled, without end; it
-/// doubles up to the other.
-const SETTLE_WAIT_FIRST: Duration = Duration::from_millis(500);
-const SETTLE_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Memory for the pages of one migration, as a share of what the operator allows.
 const STAGING_SHARE: u64 = 4;
 
@@ -48,11 +45,7 @@ pub struct MigrationMover {
     peers: Arc<PeerBook>,
     rate: RateLimiter,
     staging_bytes: u64,
-    /// Hand-overs that wait for the other side's journal.
-    doubts: Doubts,
 }
-
-type Doubts = Arc<Mutex<BTreeMap<String, InDoubt>>>;
 
 /// A mover for this host; it first settles what an earlier life of this agent left.
 ///
@@ -71,6 +64,8 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         seeds: SeedBook::open(&state_dir.join("seeds.json")),
         hooks: Arc::new(OperatorHooks(parts.hooks)),
         scratch: state_dir.join("scratch"),
+        doubts: Doubts::default(),
+        turn: Arc::default(),
     };
     let mover = MigrationMover {
         site,
@@ -79,7 +74,6 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         peers: parts.peers,
         rate: parts.rate,
         staging_bytes: parts.config.limits.memory.0 / STAGING_SHARE,
-        doubts: Doubts::default(),
     };
     for history in mover.site.journals.unfinished()? {
         mover.recover(history);
@@ -96,58 +90,31 @@ impl MigrationMover {
         }
     }
 
-    /// Settles an attempt of an earlier life, in the background: it may have to wait for a peer.
+    /// Settles an attempt that nobody works on, in the background: it may have to wait for a peer.
     fn recover(&self, history: History) {
-        let Some((role, vm, peer, _)) = history.began() else { return };
-        let (vm, peer) = (vm.to_owned(), peer.to_owned());
-        let (site, doubts) = (self.site.clone(), Arc::clone(&self.doubts));
-        lock(&doubts).insert(
-            vm.clone(),
-            InDoubt {
-                vm: vm.clone(),
-                peer: peer.clone(),
-                since: None,
-                detail: "a move was interrupted when this agent ended: it is being settled".into(),
-            },
-        );
-        let dial = self.dialer(&peer);
-        // Entered before the first session is served: a new attempt waits for this one's end.
-        let entered = match role {
-            migration::journal::Role::Source => None,
-            migration::journal::Role::Target => {
-                Some(self.attempts.recovering(history.job, &vm, &peer))
+        let Some(began) = history.began() else {
+            tracing::error!(attempt = %history.job, "a journal has no beginning; it is left alone");
+            return;
+        };
+        let dial = self.dialer(&began.peer);
+        tokio::spawn(migration::recover(self.site.clone(), &self.attempts, history, dial));
+    }
+
+    /// Settles what an attempt could not carry out or write down, now that it has ended.
+    fn recover_left(&self, left: impl Fn(&Began, JobId) -> bool) {
+        let unfinished = match self.site.journals.unfinished() {
+            Ok(unfinished) => unfinished,
+            Err(error) => {
+                tracing::error!(%error, "the journals cannot be read");
+                return;
             }
         };
-        tokio::spawn(async move {
-            let mut wait = SETTLE_WAIT_FIRST;
-            loop {
-                let settled = match role {
-                    migration::journal::Role::Source => {
-                        migration::recover_source(&site, &history, &dial).await
-                    }
-                    migration::journal::Role::Target => {
-                        migration::recover_target(&site, &history).await
-                    }
-                };
-                match settled {
-                    Ok(said) => {
-                        tracing::info!(vm, peer, job = %history.job, said, "settled");
-                        lock(&doubts).remove(&vm);
-                        break;
-                    }
-                    Err(error) => {
-                        let detail = chain(&error);
-                        tracing::error!(vm, peer, job = %history.job, detail, "not settled yet");
-                        if let Some(doubt) = lock(&doubts).get_mut(&vm) {
-                            doubt.detail = detail;
-                        }
-                    }
-                }
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(SETTLE_WAIT_MAX);
+        for history in unfinished {
+            let is_left = history.began().is_some_and(|began| left(began, history.job));
+            if is_left && !self.site.doubts.contains(history.job) {
+                self.recover(history);
             }
-            drop(entered);
-        });
+        }
     }
 
     /// One attempt after the other, as long as only the link fails and something moves.
@@ -217,7 +184,10 @@ impl MigrationMover {
         let cancelled = async {
             cancel.cancelled().await;
         };
-        migration::run(&self.site, order, session, dial, progress, cancelled).await
+        let outcome = migration::run(&self.site, order, session, dial, progress, cancelled).await;
+        // One job moves a VM at a time: what of it has not ended is this one's, or older.
+        self.recover_left(|began, _| began.role == journal::Role::Source && began.vm == job.vm);
+        outcome
     }
 }
 
@@ -254,6 +224,9 @@ impl Mover for MigrationMover {
         if let Err(error) = served {
             tracing::warn!(peer = peer.name, error = chain(&error), "a session ended badly");
         }
+        self.recover_left(|began, attempt| {
+            began.role == journal::Role::Target && !self.attempts.contains(attempt)
+        });
     }
 
     async fn obstacles_at(&self, spec: &VmSpec, peer: &Peer) -> Result<Vec<String>, Failure> {
@@ -272,7 +245,23 @@ impl Mover for MigrationMover {
     }
 
     async fn in_doubt(&self) -> Vec<InDoubt> {
-        lock(&self.doubts).values().cloned().collect()
+        let doubts = self.site.doubts.list().into_iter();
+        doubts
+            .map(|doubt| InDoubt {
+                vm: doubt.vm,
+                peer: doubt.peer,
+                since: doubt.since.parse().ok(),
+                detail: doubt.detail,
+                role: doubt.role,
+                attempt: doubt.job.to_string(),
+                blocks: doubt.blocks,
+            })
+            .collect()
+    }
+
+    async fn resolve(&self, vm: &str, runs: Choice) -> Result<String, Failure> {
+        let resolved = self.site.doubts.resolve(vm, runs).await;
+        resolved.map_err(|why| Failure::refused(why, "`longhaul status` tells what is known"))
     }
 
     async fn forget_seed(&self, vm: &str) -> Result<bool, Failure> {
@@ -288,10 +277,6 @@ impl Mover for MigrationMover {
         }
         Ok(true)
     }
-}
-
-fn lock(doubts: &Doubts) -> MutexGuard<'_, BTreeMap<String, InDoubt>> {
-    doubts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How an attempt ended, in the three parts that every error has.
@@ -326,6 +311,31 @@ fn failure(vm: &str, error: &MigrationError) -> Failure {
             what,
             "the guest is paused here",
             "`longhaul status` tells when the other side has answered",
+        ),
+        MigrationError::Crashed { .. } => Failure::failed(
+            what,
+            format!("{vm} is this host's and does not run; its disks are here"),
+            format!("`longhaul vm start {vm}` starts it from them"),
+        ),
+        MigrationError::NotGivenBack { .. } => Failure::of_kind(
+            FailureKind::InDoubt,
+            what,
+            format!("{vm} is this host's, and paused"),
+            "the agent goes on trying: `longhaul status` tells when it is done",
+        ),
+        MigrationError::Resolved { here, .. } => Failure::of_kind(
+            FailureKind::InDoubt,
+            what,
+            match here {
+                true => format!("{vm} is this host's"),
+                false => format!("{vm} does not run here any more"),
+            },
+            "the agent goes on asking the other side, and `longhaul status` tells what it says",
+        ),
+        MigrationError::Journal { .. } => Failure::failed(
+            what,
+            runs_on,
+            "is the disk with the agent's state full or read-only? mend it and try again",
         ),
         MigrationError::Peer { .. }
         | MigrationError::Protocol { .. }
@@ -382,5 +392,9 @@ impl job::Hooks for OperatorHooks {
 
     async fn after_switchover(&self, vm: &str, peer: &str, side: Side) -> Result<(), String> {
         self.run(Moment::AfterSwitchover, vm, peer, side).await
+    }
+
+    async fn fence(&self, vm: &str, peer: &str) -> Result<(), String> {
+        self.run(Moment::Fence, vm, peer, Side::Source).await
     }
 }

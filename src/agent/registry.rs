@@ -388,6 +388,10 @@ impl VmBook for Registry {
         Ok(())
     }
 
+    async fn reclaim(&self, vm: &str) -> Result<(), String> {
+        self.book.reclaim(vm).map_err(|error| chain(&error))
+    }
+
     fn left_behind(&self, vm: &str, image: &Path) -> bool {
         self.book.left_behind(vm, image)
     }

@@ -197,6 +197,8 @@ unplugged = {{ none = true }}
 # If the one before fails, the migration is aborted and the guest runs on.
 # before_switchover = "/etc/longhaul/before-switchover"
 # after_switchover = "/etc/longhaul/after-switchover"
+# Before `longhaul resolve` runs a guest here that the peer may be running: switches that host off.
+# fence = "/etc/longhaul/fence"
 # timeout_s = 10
 "#,
         name = quoted(&name),

@@ -149,6 +149,42 @@ What the target has received stays there, so the next try is short.
 Example:
   longhaul cancel db1")]
     Cancel(VmName),
+    /// Decide where a VM runs whose hand-over is in doubt
+    #[command(after_help = "\
+Without --runs nothing is decided: what this side knows is shown, and what each decision risks.
+
+Both agents settle a hand-over in doubt by themselves as soon as they reach each other. Decide only if
+the other side is gone for good, or you know what holds there. The other side is asked once more
+first, and its answer counts; then the `fence` hook runs, if there is one. The decision is written to
+the journal before it is followed. Should the two journals meet later and disagree, the VM at the
+target is stopped and both agents say so.
+
+Example:
+  longhaul resolve db1                # what is known
+  longhaul resolve db1 --runs here    # asks for the VM's name to confirm")]
+    Resolve(ResolveArgs),
+}
+
+/// Arguments of `resolve`.
+#[derive(Debug, Args)]
+pub struct ResolveArgs {
+    /// The VM
+    pub vm: String,
+    /// Where it is to run: on this host, or at the other side
+    #[arg(long, value_enum, value_name = "WHERE")]
+    pub runs: Option<Runs>,
+    /// The VM's name once more, for scripts; without it you are asked to type it
+    #[arg(long, value_name = "VM", requires = "runs")]
+    pub confirm: Option<String>,
+}
+
+/// Where a VM is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Runs {
+    /// On this host.
+    Here,
+    /// At the other side.
+    There,
 }
 
 /// Arguments of `init`.

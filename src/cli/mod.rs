@@ -10,6 +10,7 @@ mod moves;
 mod pair;
 mod progress;
 mod report;
+mod resolve;
 mod show;
 mod table;
 mod vm;
@@ -107,6 +108,7 @@ pub async fn run(global: &Global, command: Command) -> Exit {
         Command::Migrate(args) => moves::migrate(global, args).await,
         Command::Watch(args) => moves::watch(global, args.vm).await,
         Command::Cancel(args) => moves::cancel(global, args.vm).await,
+        Command::Resolve(args) => resolve::run(global, args).await,
         Command::Status => show::status(global).await,
         // These two are the agent itself; `main` starts it.
         Command::Init(_) | Command::Agent(_) => Err(CommandError::Mismatch),
@@ -189,15 +191,21 @@ async fn ask_and_say(global: &Global, request: &Request) -> Result<Exit, Command
 
 /// Asks a yes-or-no question on the terminal; `None` without one.
 fn confirm(question: &str) -> Option<bool> {
+    let answer = type_in(&format!("{question} [y/N] "))?;
+    Some(matches!(answer.as_str(), "y" | "Y" | "yes"))
+}
+
+/// Asks for a line on the terminal; `None` without one.
+fn type_in(question: &str) -> Option<String> {
     use std::io::{BufRead, IsTerminal, Write};
     if !std::io::stdin().is_terminal() {
         return None;
     }
-    eprint!("{question} [y/N] ");
+    eprint!("{question}");
     std::io::stderr().flush().ok()?;
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer).ok()?;
-    Some(matches!(answer.trim(), "y" | "Y" | "yes"))
+    Some(answer.trim().to_owned())
 }
 
 #[cfg(test)]

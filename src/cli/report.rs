@@ -23,6 +23,8 @@ pub(super) fn render(report: &Completed) -> String {
     text += &phases(report);
     if let Some(downtime) = &report.downtime {
         text += &format!("\n  downtime {} = {}\n", ms_text(downtime.total_ms), split(downtime));
+        let hand_over = ms_text(downtime.hand_over_ms);
+        text += &format!("  of it from the last byte sent to the guest running: {hand_over}\n");
     }
     text += &saved(&report.saved);
     for note in &report.notes {
@@ -70,7 +72,9 @@ fn split(downtime: &Downtime) -> String {
         ("drain", downtime.drain_ms),
         ("park", downtime.park_ms),
         ("token", downtime.token_ms),
+        ("check", downtime.check_ms),
         ("load", downtime.load_ms),
+        ("journal", downtime.journal_ms),
         ("start", downtime.start_ms),
     ];
     parts.map(|(name, ms)| format!("{name} {ms:.1}")).join(" + ")
@@ -132,8 +136,11 @@ mod tests {
                 drain_ms: 88.1,
                 park_ms: 9.2,
                 token_ms: 40.0,
-                load_ms: 30.0,
+                check_ms: 10.0,
+                load_ms: 15.0,
+                journal_ms: 5.0,
                 start_ms: 8.0,
+                hand_over_ms: 78.0,
             }),
             phases: vec![
                 phase("sync", 31_000, 2, 512 << 20, 21 << 20),
@@ -163,7 +170,8 @@ db1 runs at lyon: 4 min 11 s, downtime 187.3 ms
   switchover       1      240 ms    9.0 MiB      2.0 MiB  22.2 %
   total               4 min 11 s    4.5 GiB    723.0 MiB  15.7 %
 
-  downtime 187.3 ms = collect 12.0 + drain 88.1 + park 9.2 + token 40.0 + load 30.0 + start 8.0
+  downtime 187.3 ms = collect 12.0 + drain 88.1 + park 9.2 + token 40.0 + check 10.0 + load 15.0 + journal 5.0 + start 8.0
+  of it from the last byte sent to the guest running: 78.0 ms
 
   NOT SENT                 BYTES
   known at the target  480.0 MiB

@@ -21,10 +21,15 @@ fn status_text(status: &Status) -> String {
     let mut text = String::new();
     for doubt in &status.in_doubt {
         let (vm, peer) = (&doubt.vm, &doubt.peer);
-        text += &format!("IN DOUBT: {vm} (with {peer}): {}\n", doubt.detail);
-        text += "  The agents ask each other until they have settled it; leave the VM alone.
-
-";
+        let word = if doubt.blocks { "IN DOUBT" } else { "NOT CONFIRMED" };
+        text += &format!("{word}: {vm} (with {peer}): {}\n", doubt.detail);
+        text += &match doubt.blocks {
+            true => format!(
+                "  The agents ask each other until they have settled it; leave the VM alone. If \
+                 {peer} is gone for good: `longhaul resolve {vm}`\n\n"
+            ),
+            false => format!("  `longhaul resolve {vm}` tells what can be done\n\n"),
+        };
     }
     let identity = &status.identity;
     text += &format!(
@@ -103,6 +108,9 @@ mod tests {
             peer: "lyon".into(),
             since: None,
             detail: "lyon has not confirmed that it runs".into(),
+            role: crate::migration::journal::Role::Source,
+            attempt: "00".into(),
+            blocks: true,
         };
         let mut status = Status {
             version: "0.1.0".into(),

@@ -201,6 +201,7 @@ impl LimitsTyped {
 pub(super) struct HooksTyped {
     before_switchover: Option<Spanned<PathBuf>>,
     after_switchover: Option<Spanned<PathBuf>>,
+    fence: Option<Spanned<PathBuf>>,
     timeout_s: Option<Spanned<u64>>,
 }
 
@@ -219,6 +220,7 @@ impl HooksTyped {
         Ok(HookConfig {
             before_switchover: program(&self.before_switchover)?,
             after_switchover: program(&self.after_switchover)?,
+            fence: program(&self.fence)?,
             timeout: match &self.timeout_s {
                 Some(s) => source.checked(s, timeout)?,
                 None => DEFAULT_HOOK_TIMEOUT,

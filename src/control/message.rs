@@ -9,6 +9,8 @@ use longhaul_transport::BitRate;
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
+use crate::migration::handover::Choice;
+use crate::migration::journal::Role;
 use crate::migration::{Completed, Progress};
 
 /// What a command asks.
@@ -93,6 +95,15 @@ pub enum Request {
     Cancel {
         /// The VM.
         vm: String,
+    },
+    /// Decide a hand-over that is in doubt.
+    Resolve {
+        /// The VM.
+        vm: String,
+        /// Where it is to run.
+        runs: Choice,
+        /// Its name once more, typed by whoever takes the risk.
+        confirm: String,
     },
 }
 
@@ -349,7 +360,7 @@ pub enum JobOutcome {
     Failed(Failure),
 }
 
-/// A hand-over that is in doubt: the VM stays paused until the other side's journal is known.
+/// A hand-over that is not settled.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InDoubt {
     /// The VM.
@@ -360,6 +371,13 @@ pub struct InDoubt {
     pub since: Option<jiff::Timestamp>,
     /// What is known, in a sentence.
     pub detail: String,
+    /// Which half this host plays.
+    pub role: Role,
+    /// The attempt, as the journals of both sides name it.
+    pub attempt: String,
+    /// Whether nothing else may be done with the VM here until it is settled; if not, only the other
+    /// side has still to hear of it.
+    pub blocks: bool,
 }
 
 /// Everything worth knowing at a glance.

@@ -66,6 +66,26 @@ pub enum HypervisorError {
     },
 }
 
+/// Why an arrived VM does not run, and what that leaves open.
+#[derive(Debug, thiserror::Error)]
+pub enum NotRunning {
+    /// Its CPUs never ran: the hypervisor was not told, or has refused.
+    #[error(transparent)]
+    NeverDid(HypervisorError),
+    /// They may have run for a time: it was told, and was not seen to run.
+    #[error(transparent)]
+    MayHave(HypervisorError),
+}
+
+impl NotRunning {
+    /// The cause.
+    pub fn into_error(self) -> HypervisorError {
+        match self {
+            Self::NeverDid(error) | Self::MayHave(error) => error,
+        }
+    }
+}
+
 /// Whether the guest's CPUs run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -272,7 +292,7 @@ pub trait TargetVm: Send + Sync {
     async fn wait_loaded(&self) -> Result<(), HypervisorError>;
     /// The one call that makes an arrived VM run. Only the hand-over's `run` effect may call it.
     /// Returns once the guest was observed to run, after it has announced itself on its networks.
-    async fn run(&self) -> Result<(), HypervisorError>;
+    async fn run(&self) -> Result<(), NotRunning>;
     /// Whether its CPUs run.
     async fn run_state(&self) -> Result<RunState, HypervisorError>;
     /// Ends the process; the disks stay.
@@ -361,7 +381,8 @@ pub trait Host: Send + Sync {
     ) -> Result<Option<std::sync::Arc<dyn TargetVm>>, HypervisorError>;
     /// The VM has arrived for good: it is one of this host's, its images are complete.
     async fn settle(&self, vm: &VmSpec) -> Result<(), HypervisorError>;
-    /// As [`settle`](Self::settle), for a VM whose description an earlier life of this agent took
-    /// when it called [`prepare`](Self::prepare).
-    async fn arrived(&self, vm: &str) -> Result<(), HypervisorError>;
+    /// A VM that departed is one of this host's again; it does not run.
+    async fn reclaim(&self, vm: &str) -> Result<(), HypervisorError>;
+    /// Stops the CPUs of a VM of this host's; returns once that is observed.
+    async fn pause(&self, vm: &str) -> Result<(), HypervisorError>;
 }

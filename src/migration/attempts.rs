@@ -77,7 +77,16 @@ impl Attempts {
         self.insert(&mut self.table(), job, vm, peer)
     }
 
-    pub(super) fn contains(&self, job: JobId) -> bool {
+    /// Whether this attempt is under way, now that its source asks for the outcome: it has given up
+    /// the session, so an attempt that has no token yet gives way.
+    pub(super) fn asked(&self, job: JobId) -> bool {
+        let table = self.table();
+        let known = table.get(&job);
+        known.inspect(|known| known.give_way.notify_one()).is_some()
+    }
+
+    /// Whether this attempt is under way.
+    pub fn contains(&self, job: JobId) -> bool {
         self.table().contains_key(&job)
     }
 

@@ -1,10 +1,11 @@
 //! How an attempt can end badly, and what that means for the VM.
 //!
-//! Invariant: every variant but `InDoubt` means that the guest is the source's, and runs there as it
-//! did before.
+//! Invariant: every variant but the last four means that the guest is the source's, and runs there as
+//! it did before.
 
 use longhaul_transport::{RecvError, SendError};
 
+use super::journal::AppendError;
 use super::message::JobId;
 use crate::hypervisor::HypervisorError;
 
@@ -68,6 +69,42 @@ pub enum MigrationError {
     /// The operator ended it.
     #[error("cancelled")]
     Cancelled,
+    /// A journal, here: the hand-over was stopped before it, or its end could not be written down.
+    #[error("the hand-over of {vm} could not be written down")]
+    Journal {
+        /// The VM.
+        vm: String,
+        /// Why.
+        #[source]
+        source: AppendError,
+    },
+    /// The guest is the source's, and its hypervisor has ended.
+    #[error("the hypervisor of {vm} has ended here: that is a crash of the guest")]
+    Crashed {
+        /// The VM.
+        vm: String,
+    },
+    /// The guest is the source's, and could not be given back yet; that is tried again.
+    #[error("{vm} is still paused here: it could not be given back to its owner yet")]
+    NotGivenBack {
+        /// The VM.
+        vm: String,
+        /// Why.
+        #[source]
+        source: Box<Self>,
+    },
+    /// The operator has decided in the target's place.
+    #[error("{vm} {} by its operator's word, while the hand-over was in doubt{}",
+        if *here { "was taken back" } else { "was left to the other side" },
+        undone.as_deref().map(|undone| format!("; but: {undone}")).unwrap_or_default())]
+    Resolved {
+        /// The VM.
+        vm: String,
+        /// Whether it is to run here.
+        here: bool,
+        /// What of it could not be done yet.
+        undone: Option<String>,
+    },
     /// The target has the token and its answer is not here: nobody but the target's journal knows.
     #[error(
         "the hand-over of {vm} is in doubt: {peer} was given the decision and has not answered. \
@@ -87,6 +124,25 @@ impl MigrationError {
     /// Whether another attempt over a mended link could succeed.
     pub fn is_cut(&self) -> bool {
         matches!(self, Self::Cut { .. })
+    }
+
+    pub(super) fn is_journal(&self) -> bool {
+        matches!(self, Self::Journal { .. })
+    }
+
+    pub(super) fn not_given_back(self, vm: &str) -> Self {
+        Self::NotGivenBack { vm: vm.to_owned(), source: Box::new(self) }
+    }
+
+    /// The error and its causes, on one line.
+    pub(super) fn with_causes(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text += &format!(": {error}");
+            cause = error.source();
+        }
+        text
     }
 
     pub(super) fn cut(peer: &str, detail: impl ToString) -> Self {

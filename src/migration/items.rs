@@ -3,6 +3,8 @@
 //!
 //! Invariant: a task that is full holds up whoever feeds it, and so in the end the source.
 
+use std::time::Instant;
+
 use bytes::Bytes;
 use longhaul_transport::Session;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -33,16 +35,18 @@ pub(super) async fn queue<T>(
     sent.map_err(|_| MigrationError::protocol(peer, "a task of the attempt is gone"))
 }
 
-/// Sorts bulk items to who applies them.
+/// Sorts bulk items to who applies them, and says when the last one came.
 pub(super) async fn sort(
     peer: String,
     session: Session,
     disks: mpsc::Sender<DiskWork>,
     memory: mpsc::Sender<MemoryWork>,
+    last: watch::Sender<Instant>,
 ) -> Result<(), MigrationError> {
     loop {
         // The control stream has the better words, and after the token it does not matter.
         let Ok(batch) = session.recv_batch().await else { return Ok(()) };
+        last.send_replace(Instant::now());
         let (header, body) = BulkHeader::decode(batch.body)
             .map_err(|error| MigrationError::protocol(&peer, error))?;
         match header {

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use longhaul_transport::Session;
+use tokio::sync::Mutex;
 
+use super::doubts::Doubts;
 use super::journal::JournalDir;
 use super::message::Purpose;
 use super::seeds::SeedBook;
@@ -64,6 +66,10 @@ pub struct Site {
     pub hooks: Arc<dyn Hooks>,
     /// A folder for files without a name.
     pub scratch: PathBuf,
+    /// Its hand-overs that are not settled.
+    pub doubts: Doubts,
+    /// Held by whoever acts upon what a target's journal says.
+    pub turn: Arc<Mutex<()>>,
 }
 
 /// Which side of a switchover a hook runs at.
@@ -82,6 +88,9 @@ pub trait Hooks: Send + Sync {
     async fn before_switchover(&self, vm: &str, peer: &str, side: Side) -> Result<(), String>;
     /// After the guest runs at the target. A failure is reported and changes nothing.
     async fn after_switchover(&self, vm: &str, peer: &str, side: Side) -> Result<(), String>;
+    /// Before a guest is taken back without the target's word: makes sure that it does not run
+    /// there. A failure leaves everything as it is.
+    async fn fence(&self, vm: &str, peer: &str) -> Result<(), String>;
 }
 
 /// Makes sessions with one peer.

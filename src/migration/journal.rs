@@ -1,9 +1,13 @@
 //! The journal: what this side durably knows of one migration attempt.
 //!
-//! Invariant: `append` returns only when the record, and the file's name, are on the disk; what is
-//! read back is a prefix of what was appended. One file per attempt, one record per line:
-//! 16 hex digits (the first 8 bytes of the BLAKE3 of the JSON) `' '` JSON `'\n'`. A torn or damaged
-//! tail is recognised by its hash and cut; nothing behind it is believed.
+//! Invariant: `append` returns without an error only when the record, and the file's name, are on the
+//! disk; what is read back is a prefix of what was appended. One file per attempt, one record per
+//! line: 16 hex digits (the first 8 bytes of the BLAKE3 of the JSON) `' '` JSON `'\n'`. A torn or
+//! damaged tail is recognised by its hash and cut; nothing behind it is believed. The first record
+//! names the format; a file of a newer one is an error and is left alone.
+//!
+//! Room for every later record is reserved when a journal begins: a disk that is full then begins no
+//! attempt, and one that fills up later stops none.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -13,9 +17,16 @@ use serde::{Deserialize, Serialize};
 
 use super::handover::{SourceRecord, TargetRecord};
 use super::message::JobId;
+use crate::hypervisor::VmSpec;
 
 /// No journal of one attempt is larger; a larger file is not ours.
 const MAX_JOURNAL_BYTES: u64 = 1 << 20;
+/// What this program writes; it reads no newer one.
+const FORMAT: u32 = 1;
+/// More than all steps of one attempt take, each with a reason of some sentences.
+const RESERVED_BYTES: u64 = 16 << 10;
+/// Longest reason that is written down.
+const REASON_CHARS_MAX: usize = 600;
 
 /// Which half of a migration this host plays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,26 +39,17 @@ pub enum Role {
 }
 
 /// What a journal can say.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "record")]
 pub enum Record {
     /// The attempt began; always the first record.
-    Began {
-        /// Which half we play.
-        role: Role,
-        /// The VM.
-        vm: String,
-        /// The peer's name at this host.
-        peer: String,
-        /// Whether the guest ran when the attempt began; it is given back like that.
-        was_running: bool,
-        /// Wall-clock time in RFC 3339, for people.
-        at: String,
-    },
+    Began(Box<Began>),
     /// A source's step of the hand-over.
     Source {
         /// The step.
         step: SourceRecord,
+        /// Wall-clock time in RFC 3339, for people.
+        at: String,
     },
     /// A target's step of the hand-over.
     Target {
@@ -55,13 +57,90 @@ pub enum Record {
         step: TargetRecord,
         /// Why, for a refusal.
         reason: Option<String>,
+        /// Whether the guest is to run here; `false` if its owner had paused it.
+        run: bool,
+        /// Wall-clock time in RFC 3339, for people.
+        at: String,
     },
     /// Everything that follows from the last step was done; nothing is left to recover.
     Ended,
 }
 
+/// The first record.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Began {
+    /// The format of all that follows.
+    pub format: u32,
+    /// Which half we play.
+    pub role: Role,
+    /// The VM.
+    pub vm: String,
+    /// The peer's name at this host.
+    pub peer: String,
+    /// Whether the guest ran when the attempt began; it is given back like that.
+    pub was_running: bool,
+    /// At its target: what the VM is, so that it can be started from its disks if need be.
+    pub spec: Option<VmSpec>,
+    /// Wall-clock time in RFC 3339, for people.
+    pub at: String,
+}
+
+impl Record {
+    /// The first record of an attempt at its source.
+    pub fn leaving(vm: &str, peer: &str, was_running: bool) -> Self {
+        Self::began(Role::Source, vm, peer, was_running, None)
+    }
+
+    /// The first record of an attempt at its target.
+    pub fn arriving(spec: &VmSpec, peer: &str) -> Self {
+        Self::began(Role::Target, &spec.name, peer, false, Some(spec.clone()))
+    }
+
+    fn began(role: Role, vm: &str, peer: &str, was_running: bool, spec: Option<VmSpec>) -> Self {
+        let (vm, peer, at) = (vm.to_owned(), peer.to_owned(), now());
+        Self::Began(Box::new(Began { format: FORMAT, role, vm, peer, was_running, spec, at }))
+    }
+
+    /// A source's step.
+    pub fn source(step: SourceRecord) -> Self {
+        Self::Source { step, at: now() }
+    }
+
+    /// A target's step.
+    pub fn target(step: TargetRecord, reason: Option<&str>, run: bool) -> Self {
+        let cut = |reason: &str| reason.chars().take(REASON_CHARS_MAX).collect();
+        Self::Target { step, reason: reason.map(cut), run, at: now() }
+    }
+}
+
+fn now() -> String {
+    jiff::Timestamp::now().to_string()
+}
+
+/// Why a record is not durable.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// It is not on the disk and never will be.
+    #[error("the journal cannot be written")]
+    Unwritten(#[source] io::Error),
+    /// It may be on the disk: what a failed fsync left behind is not known.
+    #[error("the journal was written, and the disk does not say whether it holds it")]
+    Unknown(#[source] io::Error),
+}
+
+/// Why no journal was begun; nothing of it stays.
+#[derive(Debug, thiserror::Error)]
+pub enum BeginError {
+    /// It cannot be written.
+    #[error("its journal cannot be written")]
+    Io(#[from] io::Error),
+    /// An earlier attempt could still do something to this VM.
+    #[error("an earlier attempt to move it ({0}) is not settled: `longhaul status` shows it")]
+    Unsettled(JobId),
+}
+
 /// What a journal file says, read back.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct History {
     /// The attempt.
     pub job: JobId,
@@ -73,7 +152,7 @@ impl History {
     /// The last step of the source's hand-over.
     pub fn source_step(&self) -> Option<SourceRecord> {
         self.records.iter().rev().find_map(|record| match record {
-            Record::Source { step } => Some(*step),
+            Record::Source { step, .. } => Some(*step),
             _ => None,
         })
     }
@@ -86,19 +165,53 @@ impl History {
         })
     }
 
+    /// Whether the guest is to run at its target, as it accepted it.
+    pub fn runs_at_target(&self) -> bool {
+        let accepted = |record: &Record| {
+            matches!(record, Record::Target { step: TargetRecord::Accepted, run: true, .. })
+        };
+        self.records.iter().any(accepted)
+    }
+
+    /// The last reason that was written down.
+    pub fn reason(&self) -> Option<String> {
+        self.records.iter().rev().find_map(|record| match record {
+            Record::Target { reason, .. } => reason.clone(),
+            _ => None,
+        })
+    }
+
+    /// When its last step was written, in RFC 3339.
+    pub fn since(&self) -> Option<&str> {
+        self.records.iter().rev().find_map(|record| match record {
+            Record::Began(began) => Some(began.at.as_str()),
+            Record::Source { at, .. } | Record::Target { at, .. } => Some(at),
+            Record::Ended => None,
+        })
+    }
+
     /// Whether nothing is left to do.
     pub fn ended(&self) -> bool {
         self.records.contains(&Record::Ended)
     }
 
-    /// Role, VM, peer and whether the guest ran, from the first record.
-    pub fn began(&self) -> Option<(Role, &str, &str, bool)> {
+    /// The first record, without which a journal says nothing.
+    pub fn began(&self) -> Option<&Began> {
         match self.records.first() {
-            Some(Record::Began { role, vm, peer, was_running, .. }) => {
-                Some((*role, vm, peer, *was_running))
-            }
+            Some(Record::Began(began)) => Some(began),
             _ => None,
         }
+    }
+
+    /// Whether a restart would still do something to the VM because of this attempt. Until it would
+    /// not, nothing else may be begun with that VM.
+    pub fn acts(&self) -> bool {
+        let tells_only = matches!(
+            (self.source_step(), self.target_step()),
+            (Some(SourceRecord::Returned | SourceRecord::Left), _)
+                | (_, Some(TargetRecord::Settled | TargetRecord::Yielded))
+        );
+        !self.ended() && !tells_only
     }
 }
 
@@ -119,34 +232,62 @@ impl JournalDir {
         self.dir.join(format!("{job}.journal"))
     }
 
-    /// Starts the journal of a new attempt; its first record is durable on return.
-    pub fn begin(&self, job: JobId, began: &Record) -> io::Result<Journal> {
-        let mut file = OpenOptions::new().append(true).create_new(true).open(self.path(job))?;
-        write_record(&mut file, began)?;
-        self.sync_names()?;
-        Ok(Journal { file, broken: false })
+    /// Starts the journal of a new attempt; its first record is durable on return, and there is room
+    /// for all others.
+    ///
+    /// # Errors
+    /// Nothing was begun, and nothing of it stays.
+    pub fn begin(&self, job: JobId, vm: &str, began: &Record) -> Result<(), BeginError> {
+        for history in self.unfinished()? {
+            if history.began().is_some_and(|began| began.vm == vm) && history.acts() {
+                return Err(BeginError::Unsettled(history.job));
+            }
+        }
+        let path = self.path(job);
+        let mut file = OpenOptions::new().append(true).create_new(true).open(&path)?;
+        let line = encode(began)?;
+        let begun = reserve(&file, line.len() as u64 + RESERVED_BYTES)
+            .and_then(|()| file.write_all(line.as_bytes()))
+            .and_then(|()| file.sync_all())
+            .and_then(|()| self.sync_names());
+        if let Err(error) = begun {
+            // If it stays after all, it tells a restart of an attempt that never was.
+            let _ = fs::remove_file(&path);
+            return Err(error.into());
+        }
+        Ok(())
     }
 
-    /// Makes `record` durable in the journal of an attempt of which nothing else may be known.
-    pub fn append(&self, job: JobId, record: &Record) -> io::Result<()> {
-        let known = self.path(job).exists();
-        let mut journal = self.reopen(job)?;
-        journal.append(record)?;
-        if known { Ok(()) } else { self.sync_names() }
+    /// Makes `record` durable in the journal of an attempt, which need not be known. A torn tail is
+    /// cut first. The file is opened each time: what holds is what is on the disk now.
+    ///
+    /// # Errors
+    /// The two kinds differ in what a restart may read.
+    pub fn append(&self, job: JobId, record: &Record) -> Result<(), AppendError> {
+        let path = self.path(job);
+        let known = path.exists();
+        let (mut file, good) = self.open_at_end(&path).map_err(AppendError::Unwritten)?;
+        let line = encode(record).map_err(AppendError::Unwritten)?;
+        // Its last byte is its end: a record that was written in part is none.
+        file.write_all(line.as_bytes()).map_err(AppendError::Unwritten)?;
+        let synced = file.sync_all().and_then(|()| if known { Ok(()) } else { self.sync_names() });
+        synced.map_err(|error| match file.set_len(good).and_then(|()| file.sync_all()) {
+            Ok(()) => AppendError::Unwritten(error),
+            Err(_) => AppendError::Unknown(error),
+        })
     }
 
-    /// Opens an attempt's journal for further records, cutting a torn tail.
-    pub fn reopen(&self, job: JobId) -> io::Result<Journal> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(self.path(job))?;
+    /// Opens a journal behind its last readable record, whose end is given.
+    fn open_at_end(&self, path: &Path) -> io::Result<(File, u64)> {
+        let mut options = OpenOptions::new();
+        let mut file = options.read(true).write(true).create(true).truncate(false).open(path)?;
         let (_, good) = read_records(&mut file)?;
-        file.set_len(good)?;
-        file.seek(SeekFrom::End(0))?;
-        Ok(Journal { file, broken: false })
+        // Only if need be: it gives back the room that was reserved.
+        if file.metadata()?.len() != good {
+            file.set_len(good)?;
+        }
+        file.seek(SeekFrom::Start(good))?;
+        Ok((file, good))
     }
 
     /// What an attempt's journal says; `None` if there is none.
@@ -162,6 +303,26 @@ impl JournalDir {
 
     /// Every attempt with something left to do.
     pub fn unfinished(&self) -> io::Result<Vec<History>> {
+        let mut found = self.all()?;
+        found.retain(|history| !history.ended());
+        found.sort_by_key(|history| history.job.to_string());
+        Ok(found)
+    }
+
+    /// The attempt that last brought a VM here, or may have taken it away; the others (seeds, tries
+    /// that were given up) have left it where it was.
+    pub fn newest(&self, vm: &str) -> io::Result<Option<JobId>> {
+        let time = |history: &History| {
+            let began = history.began().filter(|began| began.vm == vm)?;
+            let moves = began.role == Role::Target || history.source_step().is_some();
+            moves.then(|| began.at.parse::<jiff::Timestamp>().ok())?
+        };
+        let all = self.all()?;
+        let timed = all.iter().filter_map(|history| Some((time(history)?, history.job)));
+        Ok(timed.max_by_key(|(time, _)| *time).map(|(_, job)| job))
+    }
+
+    fn all(&self) -> io::Result<Vec<History>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
             let name = entry?.file_name();
@@ -172,12 +333,8 @@ impl JournalDir {
             else {
                 continue;
             };
-            match self.read(job)? {
-                Some(history) if !history.ended() => found.push(history),
-                _ => {}
-            }
+            found.extend(self.read(job)?);
         }
-        found.sort_by_key(|history| history.job.to_string());
         Ok(found)
     }
 
@@ -186,31 +343,19 @@ impl JournalDir {
     }
 }
 
-/// One attempt's journal, open for appending.
-#[derive(Debug)]
-pub struct Journal {
-    file: File,
-    broken: bool,
-}
-
-impl Journal {
-    /// Makes `record` durable. After a failure nothing more is appended: what a failed write or
-    /// fsync left behind is only known after a restart.
-    pub fn append(&mut self, record: &Record) -> io::Result<()> {
-        if self.broken {
-            return Err(io::Error::other("an earlier write to this journal failed"));
-        }
-        let result = write_record(&mut self.file, record);
-        self.broken = result.is_err();
-        result
+/// Reserves room behind the end of an empty file, where the file system can.
+fn reserve(file: &File, bytes: u64) -> io::Result<()> {
+    use rustix::fs::{FallocateFlags, fallocate};
+    use rustix::io::Errno;
+    match fallocate(file, FallocateFlags::KEEP_SIZE, 0, bytes) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        reserved => Ok(reserved?),
     }
 }
 
-fn write_record(file: &mut File, record: &Record) -> io::Result<()> {
+fn encode(record: &Record) -> io::Result<String> {
     let json = serde_json::to_string(record).map_err(io::Error::other)?;
-    let line = format!("{} {json}\n", checksum(json.as_bytes()));
-    file.write_all(line.as_bytes())?;
-    file.sync_all()
+    Ok(format!("{} {json}\n", checksum(json.as_bytes())))
 }
 
 /// The readable records and the length of the file up to their end.
@@ -220,17 +365,36 @@ fn read_records(file: &mut File) -> io::Result<(Vec<Record>, u64)> {
     let mut records = Vec::new();
     let mut good = 0;
     for line in bytes.split_inclusive(|&byte| byte == b'\n') {
-        let Some(record) = read_record(line) else { break };
+        let Some(json) = checked(line) else { break };
+        refuse_newer(json)?;
+        let Ok(record) = serde_json::from_str(json) else { break };
         records.push(record);
         good += line.len() as u64;
     }
     Ok((records, good))
 }
 
-fn read_record(line: &[u8]) -> Option<Record> {
+/// A line's JSON, if it is as it was written.
+fn checked(line: &[u8]) -> Option<&str> {
     let line = std::str::from_utf8(line.strip_suffix(b"\n")?).ok()?;
     let (sum, json) = line.split_once(' ')?;
-    (sum == checksum(json.as_bytes())).then(|| serde_json::from_str(json).ok())?
+    (sum == checksum(json.as_bytes())).then_some(json)
+}
+
+/// What a newer program wrote is not torn: cutting it would forget a hand-over.
+fn refuse_newer(json: &str) -> io::Result<()> {
+    #[derive(Deserialize)]
+    struct Head {
+        #[serde(default)]
+        format: u32,
+    }
+    match serde_json::from_str::<Head>(json) {
+        Ok(Head { format }) if format > FORMAT => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("a journal has format {format} and this longhaul reads {FORMAT}: update it"),
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn checksum(bytes: &[u8]) -> String {
@@ -242,13 +406,11 @@ mod tests {
     use super::*;
 
     fn began() -> Record {
-        Record::Began {
-            role: Role::Source,
-            vm: "web".into(),
-            peer: "dc2".into(),
-            was_running: true,
-            at: "2026-01-01T00:00:00Z".into(),
-        }
+        Record::leaving("web", "dc2", true)
+    }
+
+    fn step(step: SourceRecord) -> Record {
+        Record::source(step)
     }
 
     #[test]
@@ -256,9 +418,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let journals = JournalDir::open(dir.path()).unwrap();
         let job = JobId::random();
-        let mut journal = journals.begin(job, &began()).unwrap();
-        journal.append(&Record::Source { step: SourceRecord::Delegated }).unwrap();
-        drop(journal);
+        journals.begin(job, "web", &began()).unwrap();
+        journals.append(job, &step(SourceRecord::Delegated)).unwrap();
         let unfinished = journals.unfinished().unwrap();
         assert_eq!(unfinished.len(), 1);
         assert_eq!(unfinished[0].source_step(), Some(SourceRecord::Delegated));
@@ -271,14 +432,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let journals = JournalDir::open(dir.path()).unwrap();
         let job = JobId::random();
-        let mut journal = journals.begin(job, &began()).unwrap();
+        let began = began();
+        journals.begin(job, "web", &began).unwrap();
         let first = fs::metadata(journals.path(job)).unwrap().len();
-        journal.append(&Record::Source { step: SourceRecord::Delegated }).unwrap();
+        journals.append(job, &step(SourceRecord::Delegated)).unwrap();
         let whole = fs::read(journals.path(job)).unwrap();
         for cut in first..whole.len() as u64 {
             fs::write(journals.path(job), &whole[..cut as usize]).unwrap();
-            assert_eq!(journals.read(job).unwrap().unwrap().records, [began()], "cut at {cut}");
-            journals.append(job, &Record::Source { step: SourceRecord::Gone }).unwrap();
+            let records = journals.read(job).unwrap().unwrap().records;
+            assert_eq!(records, std::slice::from_ref(&began), "cut at {cut}");
+            journals.append(job, &step(SourceRecord::Gone)).unwrap();
             let history = journals.read(job).unwrap().unwrap();
             assert_eq!(history.source_step(), Some(SourceRecord::Gone), "cut at {cut}");
         }
@@ -289,13 +452,43 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let journals = JournalDir::open(dir.path()).unwrap();
         let job = JobId::random();
-        let mut journal = journals.begin(job, &began()).unwrap();
+        let began = began();
+        journals.begin(job, "web", &began).unwrap();
         let first = fs::metadata(journals.path(job)).unwrap().len() as usize;
-        journal.append(&Record::Source { step: SourceRecord::Delegated }).unwrap();
-        journal.append(&Record::Ended).unwrap();
+        journals.append(job, &step(SourceRecord::Delegated)).unwrap();
+        journals.append(job, &Record::Ended).unwrap();
         let mut bytes = fs::read(journals.path(job)).unwrap();
         bytes[first + 20] ^= 1;
         fs::write(journals.path(job), &bytes).unwrap();
-        assert_eq!(journals.read(job).unwrap().unwrap().records, [began()]);
+        assert_eq!(journals.read(job).unwrap().unwrap().records, [began]);
+    }
+
+    #[test]
+    fn what_a_newer_program_wrote_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let journals = JournalDir::open(dir.path()).unwrap();
+        let job = JobId::random();
+        let json = r#"{"record":"began","format":2,"role":"source","colour":"red"}"#;
+        let line = format!("{} {json}\n", checksum(json.as_bytes()));
+        fs::write(journals.path(job), &line).unwrap();
+        assert!(journals.unfinished().unwrap_err().to_string().contains("format 2"));
+        assert!(journals.append(job, &Record::Ended).is_err());
+        assert_eq!(fs::read_to_string(journals.path(job)).unwrap(), line);
+    }
+
+    #[test]
+    fn nothing_is_begun_while_an_earlier_attempt_could_act() {
+        let dir = tempfile::tempdir().unwrap();
+        let journals = JournalDir::open(dir.path()).unwrap();
+        let [first, second] = [JobId::random(), JobId::random()];
+        journals.begin(first, "web", &began()).unwrap();
+        journals.append(first, &step(SourceRecord::Delegated)).unwrap();
+        let refused = journals.begin(second, "web", &began()).unwrap_err();
+        assert!(matches!(refused, BeginError::Unsettled(job) if job == first), "{refused}");
+        assert!(journals.read(second).unwrap().is_none());
+        // Another VM is another matter, and what only has to be told is none.
+        journals.begin(JobId::random(), "db", &Record::leaving("db", "dc2", true)).unwrap();
+        journals.append(first, &step(SourceRecord::Returned)).unwrap();
+        journals.begin(second, "web", &began()).unwrap();
     }
 }

@@ -11,7 +11,7 @@ use std::str::FromStr;
 use bytes::{Buf, Bytes};
 use serde::{Deserialize, Serialize};
 
-use super::handover::Verdict;
+use super::handover::{Standing, Verdict};
 use crate::hypervisor::{DiskInfo, MemoryLayout};
 
 /// No bulk header is longer: the longest is a memory layout of [`MAX_REGIONS`] long names.
@@ -145,11 +145,18 @@ pub enum ToTarget {
     Ask {
         /// The attempt.
         job: JobId,
+        /// How the source stands.
+        standing: Standing,
     },
     /// The seed is complete: keep it under this generation.
     Keep {
         /// Names the state of the disks at the target from here on.
         generation: u64,
+    },
+    /// Your decision is durable here: this attempt is over.
+    Confirm {
+        /// The attempt.
+        job: JobId,
     },
 }
 
@@ -158,10 +165,16 @@ pub enum ToTarget {
 pub struct TargetTimes {
     /// Token received to last item applied.
     pub drain_ms: f64,
-    /// To the state loaded, disks durable and journaled.
+    /// To all of it handed to the hypervisor, and the disks durable.
+    pub check_ms: f64,
+    /// To the hypervisor having loaded the state.
     pub load_ms: f64,
+    /// To the acceptance durable.
+    pub journal_ms: f64,
     /// To the guest observed running.
     pub start_ms: f64,
+    /// Last item of data received to the guest observed running.
+    pub since_last_ms: f64,
 }
 
 /// From target to source.
@@ -214,6 +227,8 @@ pub enum ToSource {
     },
     /// The seed is kept.
     Kept,
+    /// What the source confirmed is noted.
+    Noted,
 }
 
 /// What a bulk item is.

@@ -85,10 +85,33 @@ pub struct Downtime {
     pub park_ms: f64,
     /// The token's way: half a round trip.
     pub token_ms: f64,
-    /// Target: last checks, load of the device state, hand-over journal.
+    /// Target: everything handed to its hypervisor, disks durable.
+    #[serde(default)]
+    pub check_ms: f64,
+    /// The target hypervisor's own: load of the device state.
     pub load_ms: f64,
+    /// The two journals: delegation and acceptance.
+    #[serde(default)]
+    pub journal_ms: f64,
     /// `run` given to the guest observed running.
     pub start_ms: f64,
+    /// What of it is the hand-over: from the last byte of data sent, whose way is half a round trip,
+    /// to the guest observed running. Not a part of its own.
+    #[serde(default)]
+    pub hand_over_ms: f64,
+}
+
+impl Downtime {
+    /// The parts that were measured: all but the token's way.
+    pub fn known_parts_ms(&self) -> f64 {
+        self.collect_ms
+            + self.drain_ms
+            + self.park_ms
+            + self.check_ms
+            + self.load_ms
+            + self.journal_ms
+            + self.start_ms
+    }
 }
 
 /// What was saved, by means; payload bytes that did not have to be sent as they are.

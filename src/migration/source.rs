@@ -17,15 +17,17 @@ use tokio::sync::watch;
 use super::coding::Coding;
 use super::disk::{DiskSender, How, ImageRecord};
 use super::error::MigrationError;
+use super::handover::Source;
 use super::job::{Dial, Job, Side, Site};
-use super::journal::{Journal, Record, Role};
+use super::journal::{BeginError, Record};
 use super::link::Link;
 use super::memory::{MemorySender, Pump, SendState, Stage};
 use super::message::{DiskOffer, JobId, Open, Purpose, ToSource, ToTarget, Token};
 use super::meter::Meter;
+use super::points;
 use super::report::{Completed, Downtime, Phase, Progress};
 use super::seeds::Seed;
-use super::settle;
+use super::settle::{HandingOver, Leaving};
 use crate::hypervisor::{DiskView, RunState, SourceVm};
 
 /// How often progress is published and convergence is judged.
@@ -66,7 +68,7 @@ pub async fn run(
         was_running,
         start: Instant::now(),
     };
-    let mut journal = attempt.begin_journal()?;
+    attempt.begin_journal()?;
     let ended = {
         let mut work = pin!(attempt.work());
         let mut ticks = tokio::time::interval(TICK);
@@ -82,14 +84,14 @@ pub async fn run(
     };
     let ended = match ended {
         Ok(Worked::Parked(parked)) => {
-            return attempt.hand_over(&mut journal, parked, dial, progress).await;
+            return attempt.hand_over(parked, dial, progress).await;
         }
-        Ok(Worked::Seeded) => attempt.keep_seed(&mut journal).await,
+        Ok(Worked::Seeded) => attempt.keep_seed().await,
         Err(error) => Err(error),
     };
     match ended {
         Ok(report) => Ok(report),
-        Err(error) => Err(attempt.give_up(&mut journal, error).await),
+        Err(error) => Err(attempt.give_up(dial, error).await),
     }
 }
 
@@ -294,9 +296,11 @@ impl Attempt<'_> {
         hook.await.map_err(|reason| {
             refused(self.job, vec![format!("the hook before the switchover failed: {reason}")])
         })?;
+        points::reach(points::PAUSING).await;
         stage.flat_out();
         self.vm.allow_switchover().await?;
         let stopped = self.vm.wait_paused().await?;
+        points::reach(points::PAUSED).await;
         // What its owner paused has no downtime of ours.
         let paused = if self.was_running { stopped } else { Instant::now() };
         let views = self.vm.disk_delta().await?;
@@ -307,7 +311,7 @@ impl Attempt<'_> {
     }
 
     /// The seed is complete: the target keeps it, and writes are tracked on from here.
-    async fn keep_seed(&self, journal: &mut Journal) -> Result<Completed, MigrationError> {
+    async fn keep_seed(&self) -> Result<Completed, MigrationError> {
         let generation = rand::random();
         self.link.tell(&ToTarget::Keep { generation }).await?;
         match self.link.reply().await? {
@@ -321,7 +325,7 @@ impl Attempt<'_> {
             doing: "writing the seed book".into(),
             source,
         })?;
-        self.end_journal(journal);
+        self.end_journal();
         self.link.close("the seed is complete");
         Ok(self.meter.complete(self.at_ms(), self.link.wire_bytes(), None))
     }
@@ -329,7 +333,6 @@ impl Attempt<'_> {
     /// From here on the target decides.
     async fn hand_over(
         &self,
-        journal: &mut Journal,
         parked: Parked,
         dial: &dyn Dial,
         progress: &watch::Sender<Progress>,
@@ -341,40 +344,29 @@ impl Attempt<'_> {
             run: self.was_running,
         };
         let half_trip_ms = self.link.stats().rtt.as_secs_f64() * 500.0;
-        let handing = settle::HandingOver {
-            vm: &*self.vm,
-            link: &self.link,
-            dial,
-            id: self.id,
-            name: &self.job.vm,
-            peer: &self.job.peer,
-            ran: self.was_running,
-        };
-        let sent = Instant::now();
-        let settled = handing.delegate(journal, token, |note| {
+        let mut leaving = self.leaving(dial);
+        leaving.link = Some((&self.link, token));
+        let decided = leaving.hand_over(|note| {
             self.meter.note(note);
             progress.send_replace(self.progress());
         });
-        let times = settled.await?;
-        drop(parked.views);
+        let HandingOver { token_sent, answered, times, notes } = decided.await?;
+        notes.into_iter().for_each(|note| self.meter.note(note));
         let ms = |from: Instant, to: Instant| to.duration_since(from).as_secs_f64() * 1000.0;
         let mut downtime = Downtime {
-            total_ms: (ms(parked.paused, Instant::now()) - half_trip_ms).max(0.0),
+            total_ms: (ms(parked.paused, answered) - half_trip_ms).max(0.0),
             collect_ms: ms(parked.paused, parked.collected),
             park_ms: ms(parked.finishing, parked.parked),
-            drain_ms: ms(parked.collected, parked.finishing) + ms(parked.parked, sent),
+            drain_ms: ms(parked.collected, parked.finishing) + times.drain_ms,
             token_ms: 0.0,
-            load_ms: times.drain_ms + times.load_ms,
+            check_ms: times.check_ms,
+            load_ms: times.load_ms,
+            journal_ms: ms(parked.parked, token_sent) + times.journal_ms,
             start_ms: times.start_ms,
+            hand_over_ms: half_trip_ms + times.since_last_ms,
         };
-        let parts = downtime.collect_ms
-            + downtime.park_ms
-            + downtime.drain_ms
-            + downtime.load_ms
-            + downtime.start_ms;
-        downtime.token_ms = (downtime.total_ms - parts).max(0.0);
-        self.site.host.departed(&self.job.vm).await?;
-        self.end_journal(journal);
+        downtime.token_ms = (downtime.total_ms - downtime.known_parts_ms()).max(0.0);
+        drop(parked.views);
         let hook = self.site.hooks.after_switchover(&self.job.vm, &self.job.peer, Side::Source);
         if let Err(reason) = hook.await {
             self.meter.note(format!("the hook after the switchover failed: {reason}"));
@@ -383,47 +375,40 @@ impl Attempt<'_> {
         Ok(self.meter.complete(self.at_ms(), self.link.wire_bytes(), Some(downtime)))
     }
 
-    /// Gives the guest back and says so to the peer, in that order.
-    async fn give_up(&self, journal: &mut Journal, error: MigrationError) -> MigrationError {
-        let back = match self.vm.rollback(self.was_running).await {
-            Ok(()) => self.vm.cleanup(false).await,
-            Err(error) => Err(error),
-        };
+    /// Gives the guest back and says so to the peer.
+    async fn give_up(&self, dial: &dyn Dial, error: MigrationError) -> MigrationError {
         let abort = ToTarget::Abort { reason: error.to_string() };
+        let error = self.leaving(dial).abort(error).await;
         if let Err(error) = self.link.tell(&abort).await {
             tracing::debug!(%error, "the peer learns of the abort by the end of the session");
         }
         self.link.close("the attempt was given up");
-        match back {
-            Ok(()) => {
-                self.end_journal(journal);
-                error
-            }
-            // The journal stays open: the agent tries again when it restarts.
-            Err(back) => {
-                tracing::error!(vm = self.job.vm, first = %error, "could not give the guest back");
-                back.into()
-            }
-        }
+        error
     }
 
-    fn begin_journal(&self) -> Result<Journal, MigrationError> {
-        let began = Record::Began {
-            role: Role::Source,
-            vm: self.job.vm.clone(),
-            peer: self.job.peer.clone(),
-            was_running: self.was_running,
-            at: jiff::Timestamp::now().to_string(),
-        };
-        self.site.journals.begin(self.id, &began).map_err(|source| MigrationError::Io {
-            doing: "starting the journal: nothing was begun".into(),
-            source,
+    fn leaving<'a>(&'a self, dial: &'a dyn Dial) -> Leaving<'a> {
+        let names = [self.job.vm.as_str(), self.job.peer.as_str()];
+        let machine = Source::new();
+        let mut leaving = Leaving::new(self.site, dial, self.id, names, self.was_running, machine);
+        leaving.vm = Some(Arc::clone(&self.vm));
+        leaving
+    }
+
+    fn begin_journal(&self) -> Result<(), MigrationError> {
+        let Job { vm, peer, .. } = self.job;
+        let began = Record::leaving(vm, peer, self.was_running);
+        self.site.journals.begin(self.id, vm, &began).map_err(|error| match error {
+            BeginError::Io(source) => MigrationError::Io {
+                doing: format!("starting the journal of a move of {vm}: nothing was begun"),
+                source,
+            },
+            unsettled => refused(self.job, vec![unsettled.to_string()]),
         })
     }
 
-    fn end_journal(&self, journal: &mut Journal) {
-        if let Err(error) = journal.append(&Record::Ended) {
-            // It only says that nothing is left to do: a restart finds that out again.
+    fn end_journal(&self) {
+        if let Err(error) = self.site.journals.append(self.id, &Record::Ended) {
+            // It only says that nothing is left to do: that is found out again.
             tracing::warn!(%error, "the end of the attempt could not be journaled");
         }
     }

@@ -4,23 +4,24 @@
 //! before that leaves a durable refusal. Items are applied by tasks of their own ([`items`]); this file
 //! sorts messages and decides when everything is there.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use longhaul_transport::{ControlSender, Session};
+use longhaul_transport::{ControlReceiver, ControlSender, Session};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::attempts::{Attempts, Entered};
 use super::disk::DiskReceiver;
 use super::error::MigrationError;
-use super::handover::{Target, TargetEffect, TargetEvent, TargetRecord, TargetState, Verdict};
+use super::handover::{TargetEvent, TargetState};
 use super::items::{self, DiskWork, QUEUED_ITEMS_MAX, queue};
-use super::job::{Side, Site};
-use super::journal::{History, Record, Role};
+use super::job::Site;
+use super::journal::Record;
 use super::memory::{self, MemoryReceiver, MemoryWork};
-use super::message::{JobId, MAX_DISKS, Open, Purpose, TargetTimes, ToSource, ToTarget, Token};
-use crate::hypervisor::{DiskInfo, TargetVm, VmSpec};
+use super::message::{JobId, MAX_DISKS, Open, Purpose, ToSource, ToTarget, Token};
+use super::points;
+use super::settle::{self, Arriving};
+use crate::hypervisor::{DiskInfo, VmSpec};
 
 /// How long a session stays open behind the last words.
 const LINGER: Duration = Duration::from_secs(10);
@@ -37,19 +38,29 @@ pub async fn serve(
         .ok_or_else(|| MigrationError::cut(peer, "its control stream is in use"))?;
     let first = messages.recv::<ToTarget>().await.map_err(MigrationError::receiving(peer))?;
     match first {
-        Some(ToTarget::Ask { job }) => {
-            let answer = answer_from_journal(site, attempts, job)?;
+        Some(ToTarget::Ask { job, standing }) => {
+            let answer = settle::verdict(site, attempts, job, peer, standing).await?;
             control.send(&answer).await.map_err(MigrationError::sending(peer))?;
+            linger(&session).await;
+            Ok(())
+        }
+        Some(ToTarget::Confirm { job }) => {
+            settle::confirmed(site, job, peer).await?;
+            control.send(&ToSource::Noted).await.map_err(MigrationError::sending(peer))?;
             linger(&session).await;
             Ok(())
         }
         Some(ToTarget::Open(open)) => {
             let answer = match admit(site, attempts, peer, &open).await {
                 Ok((Some(entered), spec, infos)) => {
+                    let job = open.job;
                     let talking = session.clone();
-                    let arrival = Arrival::new(site, peer, *open, spec, talking, control, &entered);
-                    let outcome = arrival.run(messages, infos).await;
+                    let arrival =
+                        Arrival::new(site, peer, *open, &spec, talking, &control, &entered);
+                    let outcome = arrival.run(&mut messages, infos).await;
                     drop(entered);
+                    let last_words = hear_out(site, job, peer, &control, &mut messages);
+                    let _ = tokio::time::timeout(LINGER, last_words).await;
                     linger(&session).await;
                     return outcome;
                 }
@@ -66,45 +77,6 @@ pub async fn serve(
         Some(other) => Err(MigrationError::protocol(peer, format!("it begins with {other:?}"))),
         None => Ok(()),
     }
-}
-
-/// What is durable about an attempt. One that is unknown becomes a durable refusal, so that the
-/// source may take its guest back: a token that still travels finds the door shut.
-fn answer_from_journal(
-    site: &Site,
-    attempts: &Attempts,
-    job: JobId,
-) -> Result<ToSource, MigrationError> {
-    let times = TargetTimes::default();
-    if attempts.contains(job) {
-        let verdict = Verdict::Undecided;
-        return Ok(ToSource::Verdict { job, verdict, reason: None, times });
-    }
-    let io = |source| MigrationError::Io { doing: format!("reading attempt {job}"), source };
-    let history = site.journals.read(job).map_err(io)?;
-    let mut target = Target::recover(history.as_ref().and_then(History::target_step));
-    let mut reason = history.as_ref().and_then(refusal_reason);
-    if target.state() == TargetState::Receiving {
-        target.on(TargetEvent::Abort);
-        let why = "the attempt is not known here, or was lost before it was accepted".to_owned();
-        let refused = Record::Target { step: TargetRecord::Refused, reason: Some(why.clone()) };
-        site.journals.append(job, &refused).map_err(io)?;
-        target.on(TargetEvent::Journaled);
-        reason = Some(why);
-    }
-    let verdict = match target.state() {
-        TargetState::Owner => Verdict::Runs,
-        TargetState::Refused => Verdict::Refused,
-        _ => Verdict::Undecided,
-    };
-    Ok(ToSource::Verdict { job, verdict, reason, times })
-}
-
-fn refusal_reason(history: &History) -> Option<String> {
-    history.records.iter().rev().find_map(|record| match record {
-        Record::Target { reason, .. } => reason.clone(),
-        _ => None,
-    })
 }
 
 /// Checks an opening message, of which nothing is believed, and enters the attempt if it is one.
@@ -137,18 +109,36 @@ async fn admit(
     }
 }
 
+/// Reads the source's last word: that it knows what was decided.
+async fn hear_out(
+    site: &Site,
+    job: JobId,
+    peer: &str,
+    control: &ControlSender,
+    messages: &mut ControlReceiver,
+) -> Result<(), MigrationError> {
+    while let Some(message) =
+        messages.recv::<ToTarget>().await.map_err(MigrationError::receiving(peer))?
+    {
+        if message == (ToTarget::Confirm { job }) {
+            settle::confirmed(site, job, peer).await?;
+            return control.send(&ToSource::Noted).await.map_err(MigrationError::sending(peer));
+        }
+    }
+    Ok(())
+}
+
 struct Arrival<'a> {
     site: &'a Site,
     peer: &'a str,
     job: JobId,
     purpose: Purpose,
-    spec: VmSpec,
+    spec: &'a VmSpec,
     since: Vec<Option<u64>>,
     session: Session,
-    control: ControlSender,
+    control: &'a ControlSender,
     entered: &'a Entered,
-    vm: Option<Arc<dyn TargetVm>>,
-    machine: Target,
+    settling: Arriving<'a>,
     token: Option<(Token, Instant)>,
     round: Option<(u32, u64)>,
     tasks: JoinSet<Result<(), MigrationError>>,
@@ -159,9 +149,9 @@ impl<'a> Arrival<'a> {
         site: &'a Site,
         peer: &'a str,
         open: Open,
-        spec: VmSpec,
+        spec: &'a VmSpec,
         session: Session,
-        control: ControlSender,
+        control: &'a ControlSender,
         entered: &'a Entered,
     ) -> Self {
         Self {
@@ -174,8 +164,7 @@ impl<'a> Arrival<'a> {
             session,
             control,
             entered,
-            vm: None,
-            machine: Target::new(),
+            settling: Arriving::new(site, open.job, spec, peer, control),
             token: None,
             round: None,
             tasks: JoinSet::new(),
@@ -184,35 +173,39 @@ impl<'a> Arrival<'a> {
 
     async fn run(
         mut self,
-        messages: longhaul_transport::ControlReceiver,
+        messages: &mut ControlReceiver,
         infos: Vec<DiskInfo>,
     ) -> Result<(), MigrationError> {
         if self.purpose == Purpose::Migrate {
-            let began = Record::Began {
-                role: Role::Target,
-                vm: self.spec.name.clone(),
-                peer: self.peer.to_owned(),
-                was_running: false,
-                at: jiff::Timestamp::now().to_string(),
-            };
-            self.site.journals.begin(self.job, &began).map_err(|source| MigrationError::Io {
-                doing: "starting the journal: nothing was begun".into(),
-                source,
-            })?;
+            let began = Record::arriving(self.spec, self.peer);
+            let begun = self.site.journals.begin(self.job, &self.spec.name, &began);
+            if let Err(error) = begun {
+                let name = &self.spec.name;
+                let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+                let cause = cause.unwrap_or_default();
+                let reason = format!("nothing was begun for {name}: {error}{cause}");
+                let _ = self.tell(&ToSource::Refused { reasons: vec![reason.clone()] }).await;
+                return Err(self.bad(&reason));
+            }
         }
         let outcome = self.receive(messages, infos).await;
         if let Err(error) = &outcome {
             tracing::warn!(
                 peer = self.peer, vm = %self.spec.name, job = %self.job, %error, "arrival ended"
             );
-            let reason = error.to_string();
+            let reason = error.with_causes();
             // Best effort, and before the refusal is durable: it ends what waits at the source.
             if self.token.is_none() {
                 let _ = self.control.send(&ToSource::Failed { reason: reason.clone() }).await;
             }
             if self.purpose == Purpose::Migrate {
-                let event = if error.is_cut() { TargetEvent::Abort } else { TargetEvent::Failed };
-                self.decide(event, Some(reason)).await;
+                let event = if error.is_cut() && self.token.is_none() {
+                    TargetEvent::Abort
+                } else {
+                    TargetEvent::Failed
+                };
+                // Means nothing once it has decided: what was left undone then is in the journal.
+                self.settling.refuse(event, reason).await?;
             }
         }
         self.tasks.shutdown().await;
@@ -221,10 +214,10 @@ impl<'a> Arrival<'a> {
 
     async fn receive(
         &mut self,
-        mut messages: longhaul_transport::ControlReceiver,
+        messages: &mut ControlReceiver,
         infos: Vec<DiskInfo>,
     ) -> Result<(), MigrationError> {
-        let incoming = self.site.host.incoming_disks(&self.spec, &infos).await?;
+        let incoming = self.site.host.incoming_disks(self.spec, &infos).await?;
         let known = self.site.host.known_images().await?;
         let disks = DiskReceiver::open(self.peer, infos, incoming, known).await?;
         let at_generation: Vec<bool> = self
@@ -240,12 +233,14 @@ impl<'a> Arrival<'a> {
         let (disk_items_in, mut disk_items) = watch::channel(0);
         let (memory_items_in, mut memory_items) = watch::channel(0);
         let (wants_in, mut wants) = mpsc::channel(QUEUED_ITEMS_MAX);
+        let (last_in, last) = watch::channel(Instant::now());
         self.tasks.spawn(items::write_disks(disks, disk_queue, disk_items_in, wants_in));
         self.tasks.spawn(items::sort(
             self.peer.to_owned(),
             self.session.clone(),
             disk_work.clone(),
             memory_work.clone(),
+            last_in,
         ));
         // The memory task starts when the hypervisor is there.
         let mut starting = Some((memory_queue, memory_items_in));
@@ -262,7 +257,8 @@ impl<'a> Arrival<'a> {
                 && *disk_items.borrow() >= token.disk_items
                 && *memory_items.borrow() >= token.memory_items
             {
-                return self.take_over(token, at, &disk_work, &memory_work).await;
+                let last = *last.borrow();
+                return self.take_over([at, last], &disk_work, &memory_work).await;
             }
             tokio::select! {
                 message = messages.recv::<ToTarget>(), if self.token.is_none() => {
@@ -274,8 +270,8 @@ impl<'a> Arrival<'a> {
                             let Some((queue, items)) = starting.take() else {
                                 return Err(self.bad("it prepares twice"));
                             };
-                            let vm = self.site.host.prepare(&self.spec).await?;
-                            self.vm = Some(vm.clone());
+                            let vm = self.site.host.prepare(self.spec).await?;
+                            self.settling.vm = Some(vm.clone());
                             let sink = vm.open_memory().await?;
                             let memory = MemoryReceiver::new(self.peer, &self.site.scratch)?;
                             self.tasks.spawn(memory::receive(memory, sink, queue, items));
@@ -283,8 +279,10 @@ impl<'a> Arrival<'a> {
                         }
                         Some(ToTarget::Token(token)) if token.job == self.job
                             && self.purpose == Purpose::Migrate => {
-                            self.machine.on(TargetEvent::Token);
                             self.token = Some((token, Instant::now()));
+                            self.settling.run = token.run;
+                            self.settling.feed(TargetEvent::Token).await?;
+                            points::reach(points::TOKEN).await;
                         }
                         Some(ToTarget::Keep { generation }) if self.purpose == Purpose::Seed => {
                             let (done, kept) = oneshot::channel();
@@ -308,7 +306,7 @@ impl<'a> Arrival<'a> {
                     }
                 }
                 () = self.entered.asked_to_give_way(), if self.token.is_none() => {
-                    return Err(MigrationError::cut(self.peer, "it began another attempt"));
+                    return Err(MigrationError::cut(self.peer, "it has given this attempt up"));
                 }
                 Some(want) = wants.recv() => self.tell(&want).await?,
                 Ok(()) = disk_items.changed() => {}
@@ -332,13 +330,12 @@ impl<'a> Arrival<'a> {
     /// Everything is here: the last checks, the decision, the start.
     async fn take_over(
         &mut self,
-        token: Token,
-        token_at: Instant,
+        [token_at, last_item_at]: [Instant; 2],
         disk_work: &mpsc::Sender<DiskWork>,
         memory_work: &mpsc::Sender<MemoryWork>,
     ) -> Result<(), MigrationError> {
         let drained = Instant::now();
-        let Some(vm) = self.vm.clone() else {
+        let Some(vm) = self.settling.vm.clone() else {
             return Err(self.bad("it hands over what was never prepared"));
         };
         let (disks_done, disks_closed) = oneshot::channel();
@@ -348,80 +345,19 @@ impl<'a> Arrival<'a> {
         let gone = |_| MigrationError::protocol(self.peer, "a task of the attempt is gone");
         memory_finished.await.map_err(gone)??;
         disks_closed.await.map_err(gone)??;
+        let checked = Instant::now();
         vm.wait_loaded().await?;
-
-        let effects = self.machine.on(TargetEvent::Verified);
-        debug_assert_eq!(effects, [TargetEffect::Journal(TargetRecord::Accepted)]);
-        let accepted = Record::Target { step: TargetRecord::Accepted, reason: None };
-        if let Err(source) = self.site.journals.append(self.job, &accepted) {
-            self.machine.on(TargetEvent::JournalFailed);
-            tracing::error!(
-                vm = %self.spec.name, %source,
-                "the acceptance could not be journaled: the VM runs nowhere until this agent is \
-                 restarted and has read what its journal holds"
-            );
-            return Err(MigrationError::Io { doing: "journaling the hand-over".into(), source });
-        }
-        self.machine.on(TargetEvent::Journaled);
-        let loaded = Instant::now();
-        let mut reason = None;
-        if token.run
-            && let Err(error) = vm.run().await
-        {
-            tracing::error!(vm = %self.spec.name, %error, "owned, but could not be started");
-            reason = Some(format!("it is owned here but could not be started: {error}"));
-        }
         let ms = |from: Instant, to: Instant| to.duration_since(from).as_secs_f64() * 1000.0;
-        let times = TargetTimes {
-            drain_ms: ms(token_at, drained),
-            load_ms: ms(drained, loaded),
-            start_ms: ms(loaded, Instant::now()),
-        };
-        let verdict = ToSource::Verdict { job: self.job, verdict: Verdict::Runs, reason, times };
-        // A source that is not reached asks later; the journal has the answer.
-        let _ = self.control.send(&verdict).await;
-        settle(self.site, &self.spec, self.job, self.peer).await
-    }
-
-    /// Carries out a decision against the attempt.
-    async fn decide(&mut self, event: TargetEvent, reason: Option<String>) {
-        for effect in self.machine.on(event) {
-            if let TargetEffect::Journal(step) = effect {
-                let record = Record::Target { step, reason: reason.clone() };
-                let journaled = self.site.journals.append(self.job, &record);
-                if let Err(error) = &journaled {
-                    tracing::error!(job = %self.job, %error, "a refusal could not be journaled");
-                }
-                let next = match journaled {
-                    Ok(()) => TargetEvent::Journaled,
-                    Err(_) => TargetEvent::JournalFailed,
-                };
-                for effect in self.machine.on(next) {
-                    self.carry_out(effect, reason.clone()).await;
-                }
-            }
+        let times = &mut self.settling.times;
+        times.drain_ms = ms(token_at, drained);
+        times.check_ms = ms(drained, checked);
+        times.load_ms = ms(checked, Instant::now());
+        self.settling.last_item_at = Some(last_item_at);
+        self.settling.feed(TargetEvent::Verified).await?;
+        if self.settling.machine.state() == TargetState::Settled {
+            settle::after_switchover(self.site, &self.spec.name, self.peer).await;
         }
-    }
-
-    async fn carry_out(&mut self, effect: TargetEffect, reason: Option<String>) {
-        match effect {
-            TargetEffect::Discard => {
-                if let Some(vm) = self.vm.take()
-                    && let Err(error) = vm.destroy().await
-                {
-                    tracing::error!(vm = %self.spec.name, %error, "could not end the hypervisor");
-                }
-                if let Err(error) = self.site.journals.append(self.job, &Record::Ended) {
-                    tracing::warn!(%error, "the end of the attempt could not be journaled");
-                }
-            }
-            TargetEffect::Answer(verdict) => {
-                let times = TargetTimes::default();
-                let answer = ToSource::Verdict { job: self.job, verdict, reason, times };
-                let _ = self.control.send(&answer).await;
-            }
-            TargetEffect::Journal(_) | TargetEffect::Run => {}
-        }
+        Ok(())
     }
 
     async fn tell(&mut self, message: &ToSource) -> Result<(), MigrationError> {
@@ -431,57 +367,6 @@ impl<'a> Arrival<'a> {
     fn bad(&self, detail: &str) -> MigrationError {
         MigrationError::protocol(self.peer, detail)
     }
-}
-
-/// The VM is this host's: everything that follows from that.
-async fn settle(site: &Site, spec: &VmSpec, job: JobId, peer: &str) -> Result<(), MigrationError> {
-    site.host.settle(spec).await?;
-    if let Err(error) = site.journals.append(job, &Record::Ended) {
-        tracing::warn!(%error, "the end of the attempt could not be journaled");
-    }
-    let hook = site.hooks.after_switchover(&spec.name, peer, Side::Target);
-    if let Err(reason) = hook.await {
-        tracing::error!(vm = %spec.name, reason, "the hook after the switchover failed");
-    }
-    Ok(())
-}
-
-/// Brings an attempt of an earlier life of this agent to its end, at its target.
-pub async fn recover_target(site: &Site, history: &History) -> Result<String, MigrationError> {
-    let Some((_, name, peer, _)) = history.began() else {
-        return Ok(format!("the journal of attempt {} says nothing; left alone", history.job));
-    };
-    let vm = site.host.prepared(name).await?;
-    let io = |source| MigrationError::Io { doing: "continuing the journal".into(), source };
-    let said = match history.target_step() {
-        Some(TargetRecord::Accepted) => match vm {
-            Some(vm) => {
-                vm.run().await?;
-                site.host.arrived(name).await?;
-                format!("{name} arrived from {peer} and runs here")
-            }
-            None => {
-                site.host.arrived(name).await?;
-                format!(
-                    "{name} arrived from {peer} and is this host's, but its hypervisor is gone: \
-                     start it from its disks with `longhaul vm start`"
-                )
-            }
-        },
-        Some(TargetRecord::Refused) | None => {
-            let refused = Record::Target {
-                step: TargetRecord::Refused,
-                reason: Some("the target's agent was restarted before it had everything".into()),
-            };
-            site.journals.append(history.job, &refused).map_err(io)?;
-            if let Some(vm) = vm {
-                vm.destroy().await?;
-            }
-            format!("{name} did not arrive from {peer}: the attempt was interrupted and is refused")
-        }
-    };
-    site.journals.append(history.job, &Record::Ended).map_err(io)?;
-    Ok(said)
 }
 
 /// Leaves the source time to read the last words, and to close the session itself.

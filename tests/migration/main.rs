@@ -17,4 +17,5 @@ mod owners;
 mod refusals;
 mod seeds;
 mod stage;
+mod switchover;
 mod whole;

@@ -12,7 +12,7 @@ use guest::{Guest, Qemu, first_difference, is_left, qemus, told};
 use longhaul::hypervisor::qemu::check::leaving;
 use longhaul::hypervisor::qemu::memory::SourceMemory;
 use longhaul::hypervisor::qemu::ramstream::{Parser, Writer};
-use longhaul::hypervisor::{MemoryEvent, MemorySink, MemorySource};
+use longhaul::hypervisor::{MemoryEvent, MemorySink, MemorySource, NotRunning};
 use serde_json::json;
 use tokio::task::JoinHandle;
 
@@ -231,6 +231,8 @@ async fn a_guest_moves_through_both_sockets() {
             let arriving = Guest::incoming(&to).await;
             let (source, target) = (guest.source(), arriving.target());
             let refused = target.run().await.unwrap_err();
+            assert!(matches!(refused, NotRunning::NeverDid(_)), "{refused}");
+            let refused = refused.into_error();
             assert!(told(&refused).contains("it was not started"), "{}", told(&refused));
             assert_eq!(arriving.state().await, "inmigrate");
 

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use serde_json::json;
 use tokio::sync::{Mutex, OnceCell};
 
 use super::args::Role;
@@ -27,7 +28,7 @@ use super::{check, status};
 use crate::hypervisor::spec::DiskSpec;
 use crate::hypervisor::spec::host::{HostPolicy, ResolvedVm, resolve};
 use crate::hypervisor::{
-    DiskInfo, Host, HypervisorError, ImageFile, IncomingDisk, SourceVm, TargetVm, VmSpec,
+    DiskInfo, Host, HypervisorError, ImageFile, IncomingDisk, RunState, SourceVm, TargetVm, VmSpec,
 };
 
 /// Suffix of the mark beside an image that is arriving.
@@ -50,6 +51,8 @@ pub trait VmBook: Send + Sync {
     async fn arrived(&self, vm: &VmSpec, handle: Option<QemuHandle>) -> Result<(), String>;
     /// A VM runs elsewhere now; its images here are left-overs.
     async fn departed(&self, vm: &str) -> Result<(), String>;
+    /// A VM that departed is this host's again.
+    async fn reclaim(&self, vm: &str) -> Result<(), String>;
     /// Whether a file is an image that a departed VM of this name left here.
     fn left_behind(&self, vm: &str, image: &Path) -> bool;
 }
@@ -242,20 +245,23 @@ impl Host for QemuHost {
         Ok(())
     }
 
-    async fn arrived(&self, vm: &str) -> Result<(), HypervisorError> {
-        if self.book.get(vm).is_some() {
-            return Ok(());
-        }
-        let spec = self.arriving.lock().await.get(vm).map(|handle| handle.spec.clone());
-        match spec {
-            Some(spec) => self.settle(&spec).await,
-            None => Err(HypervisorError::Unsupported {
+    async fn reclaim(&self, vm: &str) -> Result<(), HypervisorError> {
+        let reclaimed = self.book.reclaim(vm).await.map_err(std::io::Error::other);
+        reclaimed.map_err(|source| HypervisorError::Io {
+            doing: format!("{vm}: entering it in this host's book again"),
+            source,
+        })
+    }
+
+    async fn pause(&self, vm: &str) -> Result<(), HypervisorError> {
+        let handle = self.book.handle(vm).await?;
+        handle.qmp.execute("stop", json!({})).await?;
+        match handle.run_state().await? {
+            RunState::Running => Err(HypervisorError::Unexpected {
                 vm: vm.to_owned(),
-                reason: "it is this host's, but its hypervisor is gone and its description with \
-                         it: its images are complete; describe it anew and start it with \
-                         `longhaul vm start`"
-                    .into(),
+                detail: "it runs though it was stopped".to_owned(),
             }),
+            _ => Ok(()),
         }
     }
 }

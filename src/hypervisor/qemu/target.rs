@@ -8,7 +8,7 @@ use async_trait::async_trait;
 
 use super::launch::QemuHandle;
 use super::memory::TargetMemory;
-use crate::hypervisor::{HypervisorError, MemorySink, RunState, TargetVm};
+use crate::hypervisor::{HypervisorError, MemorySink, NotRunning, RunState, TargetVm};
 
 /// A VM that is arriving here.
 pub(super) struct QemuTarget {
@@ -42,7 +42,7 @@ impl TargetVm for QemuTarget {
         }
     }
 
-    async fn run(&self) -> Result<(), HypervisorError> {
+    async fn run(&self) -> Result<(), NotRunning> {
         self.memory.run().await?;
         self.was_run.store(true, Ordering::Relaxed);
         Ok(())

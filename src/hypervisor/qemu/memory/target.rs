@@ -14,8 +14,8 @@ use tokio::net::UnixStream;
 
 use super::status::{Phase, Wait, set_capabilities, set_parameters, unexpected};
 use super::{QemuMemorySink, check_socket_path};
-use crate::hypervisor::HypervisorError;
 use crate::hypervisor::qemu::qmp::Qmp;
+use crate::hypervisor::{HypervisorError, NotRunning};
 
 /// How long QEMU may take from the stream's end to having loaded it.
 const LOAD_WITHIN: Duration = Duration::from_secs(180);
@@ -98,19 +98,26 @@ impl TargetMemory {
     ///
     /// # Errors
     ///
-    /// `Unexpected` if it has not loaded its whole state (nothing was started then), `Refused` with
-    /// QEMU's words if it cannot start, `Gone` if it was not observed to run in time.
-    pub async fn run(&self) -> Result<(), HypervisorError> {
+    /// `NeverDid` if QEMU was not told because it has not loaded the whole state or is gone, or if it
+    /// refused; `MayHave` if it was told and not observed to run in time.
+    pub async fn run(&self) -> Result<(), NotRunning> {
         let mut wait = Wait::begin(&self.qmp, "the VM to run", RUN_WITHIN);
-        let migration = wait.migration().await?;
-        let status = wait.status().await?;
+        let migration = wait.migration().await.map_err(NotRunning::NeverDid)?;
+        let status = wait.status().await.map_err(NotRunning::NeverDid)?;
         if !status.running {
             if migration.status != Phase::Completed || status.status == "inmigrate" {
-                return Err(unexpected(&self.qmp, &migration, "loaded: it was not started"));
+                let error = unexpected(&self.qmp, &migration, "loaded: it was not started");
+                return Err(NotRunning::NeverDid(error));
             }
-            self.qmp.execute("cont", json!({})).await?;
-            while !wait.status().await?.running {
-                wait.again().await?;
+            match self.qmp.execute("cont", json!({})).await {
+                Ok(_) => {}
+                Err(error @ HypervisorError::Refused { .. }) => {
+                    return Err(NotRunning::NeverDid(error));
+                }
+                Err(error) => return Err(NotRunning::MayHave(error)),
+            }
+            while !wait.status().await.map_err(NotRunning::MayHave)?.running {
+                wait.again().await.map_err(NotRunning::MayHave)?;
             }
         }
         // The guest runs, whatever becomes of this: networks also learn from its own packets.

@@ -1,0 +1,523 @@
+//! The source's half: journal, token, the target's answer, the operator's word.
+//!
+//! Invariant: a lost link changes nothing but whom to ask: the question is repeated until the
+//! target's journal answers, in this life of the agent or a later one, and the guest stands still.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::doubts::{Doubt, Held, Word};
+use super::super::error::MigrationError;
+use super::super::handover::{
+    Choice, Conflict, Source, SourceEffect, SourceEvent, SourceRecord, SourceState, Standing,
+    Verdict,
+};
+use super::super::job::{Dial, Site};
+use super::super::journal::{AppendError, Began, History, Record, Role};
+use super::super::link::Link;
+use super::super::message::{JobId, TargetTimes, ToSource, ToTarget, Token};
+use super::super::points;
+use super::{Patience, refusing_words};
+use crate::hypervisor::SourceVm;
+
+/// How long a target may take to answer one question.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the link of the attempt may take to carry a last word and its answer.
+const NOTED_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What the target said last.
+#[derive(Debug, Clone, Default)]
+pub(in super::super) struct Answer {
+    /// Why, for a refusal.
+    pub(in super::super) reason: Option<String>,
+    /// How long its part took.
+    pub(in super::super) times: TargetTimes,
+}
+
+/// An attempt as its source settles it.
+pub(in super::super) struct Leaving<'a> {
+    pub(in super::super) site: &'a Site,
+    pub(in super::super) dial: &'a dyn Dial,
+    pub(in super::super) id: JobId,
+    pub(in super::super) name: &'a str,
+    pub(in super::super) peer: &'a str,
+    /// Whether the guest ran before the attempt.
+    pub(in super::super) ran: bool,
+    /// The VM, while this life of the agent has worked with it.
+    pub(in super::super) vm: Option<Arc<dyn SourceVm>>,
+    /// The link of the attempt, and the token that goes over it.
+    pub(in super::super) link: Option<(&'a Link, Token)>,
+    pub(in super::super) machine: Source,
+    state: Carried,
+}
+
+/// What came of the effects so far.
+#[derive(Debug, Default)]
+struct Carried {
+    /// A record that nothing waits for is not durable.
+    unwritten: Option<AppendError>,
+    /// The delegation could not be written.
+    not_delegated: Option<AppendError>,
+    /// The operator's word could not be written.
+    not_resolved: bool,
+    /// The guest's process had ended when it was to be given back.
+    crashed: bool,
+    conflict: Option<Conflict>,
+    token_sent: Option<Instant>,
+    answer: Answer,
+}
+
+/// How a hand-over ended at its source.
+#[derive(Debug)]
+pub(in super::super) struct HandingOver {
+    /// When the token was with the transport.
+    pub(in super::super) token_sent: Instant,
+    /// When the target's answer was here.
+    pub(in super::super) answered: Instant,
+    /// What the target said of its part.
+    pub(in super::super) times: TargetTimes,
+    /// What an operator should know.
+    pub(in super::super) notes: Vec<String>,
+}
+
+impl<'a> Leaving<'a> {
+    /// An attempt that `machine` is at.
+    pub(in super::super) fn new(
+        site: &'a Site,
+        dial: &'a dyn Dial,
+        id: JobId,
+        [name, peer]: [&'a str; 2],
+        ran: bool,
+        machine: Source,
+    ) -> Self {
+        let state = Carried::default();
+        Self { site, dial, id, name, peer, ran, vm: None, link: None, machine, state }
+    }
+
+    /// Hands over: returns once the target has decided and that was carried out here, or once the
+    /// operator has decided instead.
+    ///
+    /// # Errors
+    ///
+    /// The guest is this side's again, or (`NotGivenBack`) is being made so.
+    pub(in super::super) async fn hand_over(
+        &mut self,
+        note: impl Fn(String),
+    ) -> Result<HandingOver, MigrationError> {
+        let delegated = self.feed(SourceEvent::Parked).await;
+        if let Some(error) = self.state.not_delegated.take() {
+            delegated?;
+            return Err(MigrationError::Journal { vm: self.name.to_owned(), source: error });
+        }
+        // A token that does not go out may still have gone out: the answer tells.
+        let sent = self.state.token_sent.unwrap_or_else(Instant::now);
+        let told = match delegated {
+            Ok(()) => self.answer_on_the_link().await,
+            Err(error) => {
+                tracing::warn!(vm = self.name, error = error.with_causes(), "the token is lost");
+                None
+            }
+        };
+        let answered = Instant::now();
+        let carried_out = match told {
+            Some(verdict) => {
+                points::reach(points::ANSWERED).await;
+                self.feed(SourceEvent::Peer(verdict)).await
+            }
+            None => {
+                note(format!(
+                    "the link was lost in the hand-over of {}: it is paused here until {} \
+                     answers; asking again",
+                    self.name, self.peer
+                ));
+                self.settle_in_doubt().await
+            }
+        };
+        self.conclude(carried_out, sent, answered)
+    }
+
+    fn conclude(
+        &mut self,
+        carried_out: Result<(), MigrationError>,
+        token_sent: Instant,
+        answered: Instant,
+    ) -> Result<HandingOver, MigrationError> {
+        let (name, peer) = (self.name.to_owned(), self.peer.to_owned());
+        let Answer { reason, times } = self.state.answer.clone();
+        match self.machine.state() {
+            SourceState::Gone => {
+                let mut notes: Vec<String> = Vec::new();
+                notes.extend(reason.map(|reason| format!("{peer} says: {reason}")));
+                notes.extend(carried_out.err().map(|error| {
+                    format!(
+                        "{name} runs at {peer}; this host has not tidied up yet and goes on \
+                         trying: {}",
+                        error.with_causes()
+                    )
+                }));
+                Ok(HandingOver { token_sent, answered, times, notes })
+            }
+            SourceState::Kept => {
+                if self.state.crashed {
+                    return Err(MigrationError::Crashed { vm: name });
+                }
+                match carried_out {
+                    Err(error) if !error.is_journal() => return Err(error.not_given_back(&name)),
+                    _ => {}
+                }
+                let reason = reason.unwrap_or_else(|| "it refused the hand-over".into());
+                Err(MigrationError::Peer { peer, reason })
+            }
+            SourceState::Returned => Err(MigrationError::Resolved {
+                vm: name,
+                here: true,
+                undone: carried_out.err().map(|error| error.with_causes()),
+            }),
+            SourceState::Left => Err(MigrationError::Resolved {
+                vm: name,
+                here: false,
+                undone: carried_out.err().map(|error| error.with_causes()),
+            }),
+            _ => Err(MigrationError::InDoubt { vm: name, peer, job: self.id }),
+        }
+    }
+
+    /// Ends the attempt before the hand-over: gives the guest back and says so, in that order.
+    pub(in super::super) async fn abort(&mut self, error: MigrationError) -> MigrationError {
+        match self.feed(SourceEvent::Abort).await {
+            _ if self.state.crashed => MigrationError::Crashed { vm: self.name.to_owned() },
+            Ok(()) => error,
+            // The journal stays open: it is tried again, by whoever looks for such journals.
+            Err(back) if back.is_journal() => {
+                tracing::warn!(vm = self.name, error = back.with_causes(), "not written down");
+                error
+            }
+            Err(back) => {
+                tracing::error!(vm = self.name, first = %error, "could not give the guest back");
+                back.not_given_back(self.name)
+            }
+        }
+    }
+
+    async fn answer_on_the_link(&mut self) -> Option<Verdict> {
+        let (link, _) = self.link?;
+        loop {
+            match link.reply().await.ok()? {
+                ToSource::Verdict { job, verdict, reason, times }
+                    if job == self.id && verdict != Verdict::Undecided =>
+                {
+                    self.state.answer = Answer { reason, times };
+                    return Some(verdict);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Asks, and listens to the operator, until either has decided.
+    async fn settle_in_doubt(&mut self) -> Result<(), MigrationError> {
+        let mut held = self.site.doubts.hold(Doubt {
+            job: self.id,
+            vm: self.name.to_owned(),
+            peer: self.peer.to_owned(),
+            role: Role::Source,
+            since: jiff::Timestamp::now().to_string(),
+            blocks: true,
+            detail: String::new(),
+        });
+        self.ask_until(&mut held, |state| state != SourceState::Delegated).await
+    }
+
+    /// Asks the target, and listens to the operator, until the state is such.
+    async fn ask_until(
+        &mut self,
+        held: &mut Held,
+        enough: fn(SourceState) -> bool,
+    ) -> Result<(), MigrationError> {
+        let mut patience = Patience::new();
+        loop {
+            let (blocks, detail) = self.what_is_known();
+            held.say(blocks, detail);
+            let why = format!("{} is being asked just now: say it again", self.peer);
+            refusing_words(held, &why, self.feed(SourceEvent::Retry)).await?;
+            if enough(self.machine.state()) {
+                return Ok(());
+            }
+            tokio::select! {
+                () = patience.wait() => {}
+                word = held.word() => {
+                    self.follow(word).await?;
+                    if enough(self.machine.state()) {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Does as the operator says, unless the target answers after all.
+    async fn follow(&mut self, word: Word) -> Result<(), MigrationError> {
+        let Word { choice, answer } = word;
+        let decided = |state| state != SourceState::Delegated;
+        let asked = self.feed(SourceEvent::Retry).await;
+        if decided(self.machine.state()) {
+            let said = format!("{} has answered, nothing was overruled: ", self.peer);
+            let _ = answer.send(Ok(said + &self.said()));
+            return asked;
+        }
+        if choice == Choice::Here
+            && let Err(why) = self.site.hooks.fence(self.name, self.peer).await
+        {
+            let why = format!("the fence hook failed, {} stays as it is: {why}", self.name);
+            let _ = answer.send(Err(why));
+            return Ok(());
+        }
+        let followed = self.feed(SourceEvent::Resolve(choice)).await;
+        let said = match &followed {
+            _ if std::mem::take(&mut self.state.not_resolved) => Err(format!(
+                "the word could not be written down, so it was not followed: {} stays as it is",
+                self.name
+            )),
+            Ok(()) => Ok(self.said()),
+            Err(error) => Err(format!("{}; but: {}", self.said(), error.with_causes())),
+        };
+        let _ = answer.send(said);
+        followed
+    }
+
+    /// Takes an event and carries out all that follows from it.
+    async fn feed(&mut self, event: SourceEvent) -> Result<(), MigrationError> {
+        let mut todo = VecDeque::from(self.machine.on(event));
+        while let Some(effect) = todo.pop_front() {
+            if let Some(event) = self.carry_out(effect).await? {
+                for effect in self.machine.on(event).into_iter().rev() {
+                    todo.push_front(effect);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn carry_out(
+        &mut self,
+        effect: SourceEffect,
+    ) -> Result<Option<SourceEvent>, MigrationError> {
+        match effect {
+            SourceEffect::Journal(step) => {
+                if step == SourceRecord::Delegated {
+                    points::reach(points::PARKED).await;
+                }
+                return Ok(Some(match self.append(&Record::source(step)) {
+                    Ok(()) => SourceEvent::Journaled,
+                    Err(error) => {
+                        tracing::error!(vm = self.name, ?step, %error, "not journaled");
+                        if step == SourceRecord::Delegated {
+                            self.state.not_delegated = Some(error);
+                        }
+                        SourceEvent::JournalFailed
+                    }
+                }));
+            }
+            SourceEffect::Note(step) => {
+                if let Err(error) = self.append(&Record::source(step)) {
+                    tracing::error!(vm = self.name, ?step, %error, "not noted");
+                    self.state.unwritten = Some(error);
+                }
+            }
+            SourceEffect::SendToken => {
+                points::reach(points::DELEGATED).await;
+                if let Some((link, token)) = self.link {
+                    let sent = link.tell(&ToTarget::Token(token)).await;
+                    self.state.token_sent = Some(Instant::now());
+                    sent?;
+                }
+                points::reach(points::TOKEN_SENT).await;
+            }
+            SourceEffect::SendAbort => {
+                if let Some((link, _)) = self.link {
+                    let reason = "the source ended the attempt".to_owned();
+                    // The peer learns of it by the end of the session as well.
+                    let _ = link.tell(&ToTarget::Abort { reason }).await;
+                }
+            }
+            SourceEffect::Ask(standing) => return Ok(self.ask(standing).await),
+            SourceEffect::Confirm => self.confirm().await?,
+            SourceEffect::Rollback => self.rollback().await?,
+            SourceEffect::Destroy => {
+                points::reach(points::NOTED).await;
+                if self.site.host.runs(self.name).await {
+                    self.vm().await?.destroy().await?;
+                }
+                self.site.host.departed(self.name).await?;
+                points::reach(points::LET_GO).await;
+            }
+            SourceEffect::Reclaim => self.site.host.reclaim(self.name).await?,
+            SourceEffect::Shout(conflict) => {
+                let reason = self.state.answer.reason.as_deref().unwrap_or_default();
+                tracing::error!(vm = self.name, peer = self.peer, ?conflict, reason, "CONFLICT");
+                self.state.conflict = Some(conflict);
+            }
+            SourceEffect::TooLate => {}
+            SourceEffect::NotResolved => self.state.not_resolved = true,
+            SourceEffect::End => {
+                let failed = |source| MigrationError::Journal { vm: self.name.to_owned(), source };
+                if let Some(error) = self.state.unwritten.take() {
+                    return Err(failed(error));
+                }
+                self.append(&Record::Ended).map_err(failed)?;
+            }
+        }
+        Ok(None)
+    }
+
+    fn append(&self, record: &Record) -> Result<(), AppendError> {
+        self.site.journals.append(self.id, record)
+    }
+
+    async fn vm(&self) -> Result<Arc<dyn SourceVm>, MigrationError> {
+        match &self.vm {
+            Some(vm) => Ok(Arc::clone(vm)),
+            None => Ok(self.site.host.source(self.name).await?),
+        }
+    }
+
+    async fn rollback(&mut self) -> Result<(), MigrationError> {
+        let given_back = async {
+            let vm = self.vm().await?;
+            vm.rollback(self.ran).await?;
+            Ok(vm.cleanup(false).await?)
+        };
+        match given_back.await {
+            Err(_) if !self.site.host.runs(self.name).await => {
+                self.state.crashed = true;
+                Ok(())
+            }
+            given_back => given_back,
+        }
+    }
+
+    /// Asks over a session of its own; nothing if there is no answer.
+    async fn ask(&mut self, standing: Standing) -> Option<SourceEvent> {
+        match self.converse(&ToTarget::Ask { job: self.id, standing }).await {
+            Ok(ToSource::Verdict { job, verdict, reason, times }) if job == self.id => {
+                if verdict == Verdict::Undecided {
+                    tracing::info!(peer = self.peer, job = %self.id, "it has not decided yet");
+                } else {
+                    self.state.answer = Answer { reason, times };
+                }
+                Some(SourceEvent::Peer(verdict))
+            }
+            Ok(_) => None,
+            Err(error) => {
+                tracing::warn!(peer = self.peer, job = %self.id, error, "in doubt; asking again");
+                None
+            }
+        }
+    }
+
+    /// Tells the target that its decision is durable here, and waits until it has noted that.
+    async fn confirm(&mut self) -> Result<(), MigrationError> {
+        let confirm = ToTarget::Confirm { job: self.id };
+        if let Some((link, _)) = self.link
+            && link.tell(&confirm).await.is_ok()
+        {
+            let noted = async {
+                while !matches!(link.reply().await?, ToSource::Noted) {}
+                Ok(())
+            };
+            let noted: Result<Result<(), MigrationError>, _> =
+                tokio::time::timeout(NOTED_TIMEOUT, noted).await;
+            if matches!(noted, Ok(Ok(()))) {
+                return Ok(());
+            }
+        }
+        match self.converse(&confirm).await {
+            Ok(ToSource::Noted) => Ok(()),
+            Ok(other) => Err(MigrationError::protocol(self.peer, format!("it answers {other:?}"))),
+            Err(error) => Err(MigrationError::cut(self.peer, error)),
+        }
+    }
+
+    async fn converse(&self, question: &ToTarget) -> Result<ToSource, String> {
+        let talk = async {
+            let session = self.dial.dial().await?;
+            let (control, mut answers) = session.control().ok_or("its control stream is in use")?;
+            control.send(question).await.map_err(|error| error.to_string())?;
+            let answer = answers.recv::<ToSource>().await.map_err(|error| error.to_string())?;
+            session.close("thank you");
+            answer.ok_or_else(|| "it answers nothing".to_owned())
+        };
+        match tokio::time::timeout(ANSWER_TIMEOUT, talk).await {
+            Ok(answer) => answer,
+            Err(_) => Err("it does not answer".to_owned()),
+        }
+    }
+
+    /// Whether the VM is held up, and what is known, in a sentence.
+    fn what_is_known(&self) -> (bool, String) {
+        let (name, peer) = (self.name, self.peer);
+        match self.machine.state() {
+            SourceState::Returned => {
+                (false, format!("its operator took {name} back; {peer} has not heard of it yet"))
+            }
+            SourceState::Left => {
+                (false, format!("its operator left {name} to {peer}, which has not confirmed it"))
+            }
+            _ => (
+                true,
+                format!(
+                    "{peer} was given the decision and has not answered: {name} is paused here \
+                     and is started only if {peer} says that it never will"
+                ),
+            ),
+        }
+    }
+
+    /// What holds now, in a sentence.
+    fn said(&self) -> String {
+        let (name, peer) = (self.name, self.peer);
+        let reason = self.state.answer.reason.as_deref().unwrap_or("it gave no reason");
+        match (self.machine.state(), self.state.conflict) {
+            (_, Some(Conflict::RunsNowhere)) => format!(
+                "CONFLICT: {name} was left to {peer}, and {peer} has refused it ({reason}): it runs \
+                 nowhere; its disks are here as they were when it was paused: `longhaul vm start \
+                 {name}`"
+            ),
+            (SourceState::Kept | SourceState::Returned, _) if self.state.crashed => format!(
+                "{name} is this host's and does not run: its hypervisor has ended, which is a crash \
+                 of the guest; start it from its disks with `longhaul vm start {name}`"
+            ),
+            (SourceState::Kept, _) => format!("{name} is this host's, as it was before ({reason})"),
+            (SourceState::Gone, _) => format!("{name} runs at {peer}"),
+            (SourceState::Returned, _) => format!("{name} is this host's, by its operator's word"),
+            (SourceState::Left, _) => format!("{name} was left to {peer}, by its operator's word"),
+            (_, _) => format!("{name} is paused here until {peer} has decided"),
+        }
+    }
+}
+
+/// Settles an attempt from what its journal says. Returns what holds now.
+pub(super) async fn recover(
+    site: &Site,
+    history: &History,
+    began: &Began,
+    dial: &dyn Dial,
+    held: &mut Held,
+) -> Result<String, MigrationError> {
+    let machine = Source::recover(history.source_step());
+    let names = [began.vm.as_str(), began.peer.as_str()];
+    let mut leaving = Leaving::new(site, dial, history.job, names, began.was_running, machine);
+    let (blocks, detail) = match history.source_step() {
+        None => (true, format!("the move of {} was interrupted: it is given back", began.vm)),
+        Some(_) => leaving.what_is_known(),
+    };
+    held.say(blocks, detail);
+    let why = format!("{} is being asked just now: say it again", began.peer);
+    refusing_words(held, &why, leaving.feed(SourceEvent::Restarted)).await?;
+    let over = |state| matches!(state, SourceState::Kept | SourceState::Gone);
+    if !over(leaving.machine.state()) {
+        leaving.ask_until(held, over).await?;
+    }
+    Ok(leaving.said())
+}

@@ -1,0 +1,454 @@
+//! The target's half: verify, decide, run; and the answers that its journal gives afterwards.
+//!
+//! Invariant: the guest is run by the machine's `Run` alone, and each of a journal's readers (the
+//! arrival, a question of the source, the operator's word, a restart) acts under one lock.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use longhaul_transport::ControlSender;
+
+use super::super::attempts::{Attempts, Entered};
+use super::super::doubts::{Held, Word};
+use super::super::error::MigrationError;
+use super::super::handover::{
+    Choice, Standing, Target, TargetEffect, TargetEvent, TargetRecord, TargetState, Verdict,
+};
+use super::super::job::{Side, Site};
+use super::super::journal::{AppendError, Began, History, Record, Role};
+use super::super::message::{JobId, TargetTimes, ToSource};
+use super::super::points;
+use super::Patience;
+use crate::hypervisor::{NotRunning, TargetVm, VmSpec};
+
+/// An attempt as its target settles it.
+pub(in super::super) struct Arriving<'a> {
+    site: &'a Site,
+    id: JobId,
+    name: String,
+    peer: &'a str,
+    /// What the VM is; unknown only for an attempt that this host never took part in.
+    spec: Option<VmSpec>,
+    pub(in super::super) machine: Target,
+    /// The guest is to run; its owner had not paused it.
+    pub(in super::super) run: bool,
+    /// The hypervisor that this life of the agent has prepared.
+    pub(in super::super) vm: Option<Arc<dyn TargetVm>>,
+    /// Where answers go.
+    control: Option<&'a ControlSender>,
+    pub(in super::super) times: TargetTimes,
+    /// When the last item of data came, for the report.
+    pub(in super::super) last_item_at: Option<Instant>,
+    pub(in super::super) reason: Option<String>,
+    verdict: Option<Verdict>,
+    unwritten: Option<AppendError>,
+    crashed: bool,
+}
+
+impl<'a> Arriving<'a> {
+    /// An attempt that begins.
+    pub(in super::super) fn new(
+        site: &'a Site,
+        id: JobId,
+        spec: &VmSpec,
+        peer: &'a str,
+        control: &'a ControlSender,
+    ) -> Self {
+        let mut new = Self::at(site, id, &spec.name, peer, Target::new());
+        (new.spec, new.control) = (Some(spec.clone()), Some(control));
+        new
+    }
+
+    fn at(site: &'a Site, id: JobId, name: &str, peer: &'a str, machine: Target) -> Self {
+        Self {
+            site,
+            id,
+            name: name.to_owned(),
+            peer,
+            spec: None,
+            machine,
+            run: true,
+            vm: None,
+            control: None,
+            times: TargetTimes::default(),
+            last_item_at: None,
+            reason: None,
+            verdict: None,
+            unwritten: None,
+            crashed: false,
+        }
+    }
+
+    fn recovered(site: &'a Site, history: &History, began: &'a Began) -> Self {
+        let machine = Target::recover(history.target_step());
+        let mut new = Self::at(site, history.job, &began.vm, &began.peer, machine);
+        (new.spec, new.run) = (began.spec.clone(), history.runs_at_target());
+        new.reason = history.reason();
+        new
+    }
+
+    /// Takes an event and carries out all that follows from it.
+    pub(in super::super) async fn feed(
+        &mut self,
+        event: TargetEvent,
+    ) -> Result<(), MigrationError> {
+        let mut todo = VecDeque::from(self.machine.on(event));
+        while let Some(effect) = todo.pop_front() {
+            if let Some(event) = self.carry_out(effect).await? {
+                for effect in self.machine.on(event).into_iter().rev() {
+                    todo.push_front(effect);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Decides against the attempt, and stays until that is known to be durable.
+    pub(in super::super) async fn refuse(
+        &mut self,
+        event: TargetEvent,
+        reason: String,
+    ) -> Result<(), MigrationError> {
+        self.reason = Some(reason);
+        self.feed(event).await?;
+        let mut patience = Patience::new();
+        while self.machine.state() == TargetState::Revoking {
+            patience.wait().await;
+            self.feed(TargetEvent::Retry).await?;
+        }
+        Ok(())
+    }
+
+    async fn carry_out(
+        &mut self,
+        effect: TargetEffect,
+    ) -> Result<Option<TargetEvent>, MigrationError> {
+        match effect {
+            TargetEffect::Journal(step) => {
+                if step == TargetRecord::Accepted {
+                    points::reach(points::LOADED).await;
+                }
+                let begun = Instant::now();
+                let journaled = self.append(step);
+                self.times.journal_ms += ms_since(begun);
+                return Ok(Some(match journaled {
+                    Ok(()) => TargetEvent::Journaled,
+                    Err(error) => self.not_journaled(step, error),
+                }));
+            }
+            TargetEffect::Note(step) => {
+                if let Err(error) = self.append(step) {
+                    tracing::error!(vm = self.name, ?step, %error, "not noted");
+                    self.unwritten = Some(error);
+                }
+            }
+            TargetEffect::Run => {
+                points::reach(points::ACCEPTED).await;
+                let begun = Instant::now();
+                let ran = self.run().await?;
+                self.times.start_ms = ms_since(begun);
+                self.times.since_last_ms = self.last_item_at.map(ms_since).unwrap_or_default();
+                if ran == TargetEvent::Ran {
+                    points::reach(points::RUNS).await;
+                }
+                return Ok(Some(ran));
+            }
+            TargetEffect::Settle => {
+                points::reach(points::TOLD).await;
+                if let Some(spec) = &self.spec {
+                    self.site.host.settle(spec).await?;
+                }
+                points::reach(points::BOOKED).await;
+            }
+            TargetEffect::Discard => self.discard().await?,
+            TargetEffect::Pause => self.pause().await?,
+            TargetEffect::Remove => {
+                if self.is_newest()? {
+                    if self.site.host.runs(&self.name).await {
+                        self.site.host.source(&self.name).await?.destroy().await?;
+                    }
+                    self.site.host.departed(&self.name).await?;
+                }
+            }
+            TargetEffect::Answer(verdict) => {
+                self.verdict = Some(verdict);
+                if let Some(control) = self.control {
+                    // A source that is not reached asks later; the journal has the answer.
+                    let _ = control.send(&self.answer(verdict)).await;
+                }
+            }
+            TargetEffect::Shout(conflict) => {
+                tracing::error!(vm = self.name, peer = self.peer, ?conflict, "CONFLICT");
+            }
+            TargetEffect::End => {
+                let failed = |source| MigrationError::Journal { vm: self.name.clone(), source };
+                if let Some(error) = self.unwritten.take() {
+                    return Err(failed(error));
+                }
+                self.site.journals.append(self.id, &Record::Ended).map_err(failed)?;
+                self.site.doubts.ended(self.id);
+            }
+        }
+        Ok(None)
+    }
+
+    fn append(&self, step: TargetRecord) -> Result<(), AppendError> {
+        let reason = match step {
+            TargetRecord::Refused | TargetRecord::Yielded => self.reason.as_deref(),
+            _ => None,
+        };
+        self.site.journals.append(self.id, &Record::target(step, reason, self.run))
+    }
+
+    fn not_journaled(&mut self, step: TargetRecord, error: AppendError) -> TargetEvent {
+        tracing::error!(vm = self.name, ?step, %error, "not journaled");
+        if step == TargetRecord::Accepted {
+            let causes = std::error::Error::source(&error).map(ToString::to_string);
+            let cause = causes.unwrap_or_default();
+            self.reason =
+                Some(format!("its hand-over could not be written down: {error}: {cause}"));
+        }
+        match error {
+            AppendError::Unwritten(_) => TargetEvent::Unwritten,
+            AppendError::Unknown(_) => TargetEvent::JournalFailed,
+        }
+    }
+
+    fn answer(&self, verdict: Verdict) -> ToSource {
+        let (job, reason, times) = (self.id, self.reason.clone(), self.times);
+        ToSource::Verdict { job, verdict, reason, times }
+    }
+
+    async fn run(&mut self) -> Result<TargetEvent, MigrationError> {
+        if let Some(vm) = self.vm.clone() {
+            if !self.run {
+                return Ok(TargetEvent::Ran);
+            }
+            return Ok(match vm.run().await {
+                Ok(()) => TargetEvent::Ran,
+                Err(NotRunning::NeverDid(error)) => {
+                    self.reason = Some(format!("it could not be started: {error}"));
+                    TargetEvent::NeverRan
+                }
+                Err(NotRunning::MayHave(error)) => {
+                    tracing::error!(vm = self.name, %error, "owned, but not seen to run");
+                    self.reason =
+                        Some(format!("it is owned there but was not seen to run: {error}"));
+                    TargetEvent::MayHaveRun
+                }
+            });
+        }
+        // A later life: whether it ran before is not known.
+        let Some(vm) = self.site.host.prepared(&self.name).await? else {
+            self.crashed = true;
+            self.reason = Some("its hypervisor ended there, and the guest may have run".into());
+            return Ok(TargetEvent::MayHaveRun);
+        };
+        if self.run {
+            vm.run().await.map_err(NotRunning::into_error)?;
+        }
+        Ok(TargetEvent::Ran)
+    }
+
+    async fn discard(&mut self) -> Result<(), MigrationError> {
+        let vm = match self.vm.take() {
+            Some(vm) => Some(vm),
+            None if self.spec.is_some() && self.is_newest()? => {
+                self.site.host.prepared(&self.name).await?
+            }
+            None => None,
+        };
+        if let Some(vm) = vm {
+            vm.destroy().await?;
+        }
+        Ok(())
+    }
+
+    /// Stops the guest, if this attempt is still why it is here.
+    async fn pause(&self) -> Result<(), MigrationError> {
+        if self.is_newest()? && self.site.host.runs(&self.name).await {
+            self.site.host.pause(&self.name).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether no later attempt has to do with the VM at this host.
+    fn is_newest(&self) -> Result<bool, MigrationError> {
+        let newest = self.site.journals.newest(&self.name);
+        let newest = newest.map_err(|source| MigrationError::Io {
+            doing: format!("reading the journals of {}", self.name),
+            source,
+        })?;
+        Ok(newest.is_none_or(|job| job == self.id))
+    }
+
+    /// What holds now, in a sentence.
+    fn said(&self) -> String {
+        let (name, peer) = (&self.name, self.peer);
+        let reason = self.reason.as_deref().unwrap_or("no reason was written down");
+        match self.machine.state() {
+            TargetState::Owner | TargetState::Settled if self.crashed => format!(
+                "{name} arrived from {peer} and is this host's, but its hypervisor has ended, which \
+                 is a crash of the guest; start it from its disks with `longhaul vm start {name}`"
+            ),
+            TargetState::Owner | TargetState::Settled => {
+                format!("{name} arrived from {peer} and is this host's")
+            }
+            TargetState::Yielded => format!(
+                "CONFLICT: {name} ran here and is {peer}'s again ({reason}). It is stopped here, to \
+                 be looked at; `longhaul resolve {name} --runs there` ends it for good"
+            ),
+            TargetState::Refused => format!("{name} did not arrive from {peer}: {reason}"),
+            _ => format!("{name} is arriving from {peer}"),
+        }
+    }
+}
+
+fn ms_since(instant: Instant) -> f64 {
+    instant.elapsed().as_secs_f64() * 1000.0
+}
+
+/// Answers a source that asks over a session of its own.
+pub(in super::super) async fn verdict(
+    site: &Site,
+    attempts: &Attempts,
+    job: JobId,
+    peer: &str,
+    standing: Standing,
+) -> Result<ToSource, MigrationError> {
+    // Whoever asks has given up the session that the token would come over.
+    if attempts.asked(job) {
+        let (verdict, reason, times) = (Verdict::Undecided, None, TargetTimes::default());
+        return Ok(ToSource::Verdict { job, verdict, reason, times });
+    }
+    let _turn = site.turn.lock().await;
+    let history = site.journals.read(job).map_err(reading(job))?;
+    let began = history.as_ref().and_then(History::began).cloned();
+    let mut arriving = match (&history, &began) {
+        (Some(history), Some(began)) => Arriving::recovered(site, history, began),
+        _ => {
+            let step = history.as_ref().and_then(History::target_step);
+            let mut unknown = Arriving::at(site, job, "", peer, Target::recover(step));
+            unknown.reason = history.as_ref().and_then(History::reason);
+            unknown
+        }
+    };
+    if began.as_ref().is_some_and(|began| began.peer != peer || began.role != Role::Target) {
+        return Err(MigrationError::protocol(peer, "it asks about another's attempt"));
+    }
+    if arriving.machine.state() == TargetState::Receiving {
+        // What had arrived is lost: a token that still travels finds the door shut.
+        let why = "the attempt is not known here, or was lost before it was accepted".to_owned();
+        arriving.reason = Some(why);
+        arriving.feed(TargetEvent::Restarted).await?;
+    }
+    if standing == Standing::TookBack && arriving.machine.state() != TargetState::Refused {
+        arriving.reason = Some(format!(
+            "the operator at {peer} took it back while it was this host's: it was stopped here"
+        ));
+    }
+    arriving.feed(TargetEvent::Asked(standing)).await?;
+    Ok(arriving.answer(arriving.verdict.unwrap_or(Verdict::Undecided)))
+}
+
+/// Notes that the source knows.
+pub(in super::super) async fn confirmed(
+    site: &Site,
+    job: JobId,
+    peer: &str,
+) -> Result<(), MigrationError> {
+    let _turn = site.turn.lock().await;
+    let Some(history) = site.journals.read(job).map_err(reading(job))? else { return Ok(()) };
+    let Some(began) = history.began().cloned() else { return Ok(()) };
+    if began.peer != peer || began.role != Role::Target {
+        return Err(MigrationError::protocol(peer, "it confirms another's attempt"));
+    }
+    if history.ended() {
+        return Ok(());
+    }
+    Arriving::recovered(site, &history, &began).feed(TargetEvent::Confirmed).await
+}
+
+fn reading(job: JobId) -> impl FnOnce(std::io::Error) -> MigrationError {
+    move |source| MigrationError::Io { doing: format!("reading the journal of {job}"), source }
+}
+
+/// Settles an attempt from what its journal says. Returns what holds now.
+pub(super) async fn recover(
+    site: &Site,
+    history: &History,
+    began: &Began,
+    held: &mut Held,
+    entered: &mut Option<Entered>,
+) -> Result<String, MigrationError> {
+    let fresh = history.target_step();
+    let said = {
+        let _turn = site.turn.lock().await;
+        let mut arriving = Arriving::recovered(site, history, began);
+        if fresh.is_none() {
+            arriving.reason =
+                Some("the target's agent was restarted before it had everything".into());
+        }
+        arriving.feed(TargetEvent::Restarted).await?;
+        arriving.said()
+    };
+    // It only has to be told from here on: the next attempt with this VM may begin.
+    *entered = None;
+    // Whether the earlier life ran it is not known.
+    if matches!(fresh, Some(TargetRecord::Accepted | TargetRecord::Started)) {
+        after_switchover(site, &began.vm, &began.peer).await;
+    }
+    loop {
+        let now = site.journals.read(history.job).map_err(reading(history.job))?;
+        let Some(now) = now.filter(|now| !now.ended()) else { return Ok(said) };
+        let step = now.target_step();
+        let detail = match step {
+            Some(TargetRecord::Yielded) => Arriving::recovered(site, &now, began).said(),
+            _ => format!("{said}; {} has not confirmed yet that it knows", began.peer),
+        };
+        held.say(false, detail);
+        if let Some(word) = held.word_or_end().await {
+            follow(site, &now, began, word).await;
+        }
+    }
+}
+
+/// Does as the operator says.
+async fn follow(site: &Site, history: &History, began: &Began, word: Word) {
+    let Word { choice, answer } = word;
+    let _turn = site.turn.lock().await;
+    let mut arriving = Arriving::recovered(site, history, began);
+    let is_yielded = arriving.machine.state() == TargetState::Yielded;
+    if is_yielded && choice == Choice::Here {
+        let why = format!("{} was given back to {}: that is final", began.vm, began.peer);
+        let _ = answer.send(Err(why));
+        return;
+    }
+    if !is_yielded && choice == Choice::There {
+        arriving.reason = Some("the operator gave it back".to_owned());
+    }
+    let done = arriving.feed(TargetEvent::Resolve(choice)).await;
+    let said = match (done, choice) {
+        (Err(error), _) => Err(error.with_causes()),
+        (Ok(()), _) if arriving.machine.state() == TargetState::Yielding => Err(format!(
+            "the word could not be written down: {} is stopped here, and still this host's; mend \
+             the disk and say it again",
+            began.vm
+        )),
+        (Ok(()), Choice::Here) => Ok(format!("{} is this host's", began.vm)),
+        (Ok(()), Choice::There) if is_yielded => Ok(format!("{} is ended here", began.vm)),
+        (Ok(()), Choice::There) => Ok(format!(
+            "{} is stopped here and goes on at {} as it was when it left, as soon as that asks",
+            began.vm, began.peer
+        )),
+    };
+    let _ = answer.send(said);
+}
+
+/// Runs the operator's hook behind an arrival.
+pub(in super::super) async fn after_switchover(site: &Site, vm: &str, peer: &str) {
+    if let Err(reason) = site.hooks.after_switchover(vm, peer, Side::Target).await {
+        tracing::error!(vm, reason, "the hook after the switchover failed");
+    }
+}
