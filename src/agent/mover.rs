@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::Parts;
 use super::cancel::CancelToken;
-use super::hooks::{Hooks, Moment, Occasion, Role};
+use super::hooks::{self, Hooks, Moment, Occasion};
 use super::jobs::{Job, Mover};
 use super::peers::{Peer, PeerBook};
 use crate::control::{Failure, FailureKind, InDoubt, chain};
@@ -21,7 +21,7 @@ use crate::hypervisor::qemu::host::QemuHost;
 use crate::migration::doubts::Doubts;
 use crate::migration::handover::Choice;
 use crate::migration::job::{self, Dial, MoveOptions, Side, Site};
-use crate::migration::journal::{self, Began, History, JournalDir};
+use crate::migration::journal::{Began, History, JournalDir, Role};
 use crate::migration::message::{JobId, Purpose};
 use crate::migration::seeds::SeedBook;
 use crate::migration::{self, Attempts, Completed, MigrationError, Progress};
@@ -186,7 +186,7 @@ impl MigrationMover {
         };
         let outcome = migration::run(&self.site, order, session, dial, progress, cancelled).await;
         // One job moves a VM at a time: what of it has not ended is this one's, or older.
-        self.recover_left(|began, _| began.role == journal::Role::Source && began.vm == job.vm);
+        self.recover_left(|began, _| began.role == Role::Source && began.vm == job.vm);
         outcome
     }
 }
@@ -212,21 +212,23 @@ impl Mover for MigrationMover {
     }
 
     async fn serve(&self, session: Session, peer: Peer, cancel: CancelToken) {
-        let serving = migration::serve(&self.site, &self.attempts, &peer.name, session.clone());
-        let served = tokio::select! {
-            served = serving => served,
-            _ = cancel.cancelled() => {
-                // What was not accepted is refused when the agent runs again.
-                session.refuse("this agent is stopping");
-                return;
+        let left =
+            |began: &Began, attempt| began.role == Role::Target && !self.attempts.contains(attempt);
+        let serving = async {
+            let (last, served) =
+                migration::serve(&self.site, &self.attempts, &peer.name, session.clone()).await;
+            if let Err(error) = served {
+                tracing::warn!(peer = peer.name, error = chain(&error), "a session ended badly");
+                self.recover_left(left);
             }
+            last.hear_out(&self.site, &peer.name).await;
+            self.recover_left(left);
         };
-        if let Err(error) = served {
-            tracing::warn!(peer = peer.name, error = chain(&error), "a session ended badly");
+        tokio::select! {
+            () = serving => {}
+            // What was not accepted is refused when the agent runs again.
+            _ = cancel.cancelled() => session.refuse("this agent is stopping"),
         }
-        self.recover_left(|began, attempt| {
-            began.role == journal::Role::Target && !self.attempts.contains(attempt)
-        });
     }
 
     async fn obstacles_at(&self, spec: &VmSpec, peer: &Peer) -> Result<Vec<String>, Failure> {
@@ -375,8 +377,8 @@ struct OperatorHooks(Hooks);
 impl OperatorHooks {
     async fn run(&self, moment: Moment, vm: &str, peer: &str, side: Side) -> Result<(), String> {
         let role = match side {
-            Side::Source => Role::Source,
-            Side::Target => Role::Target,
+            Side::Source => hooks::Role::Source,
+            Side::Target => hooks::Role::Target,
         };
         let occasion =
             Occasion { moment, vm: vm.to_owned(), peer: peer.to_owned(), role, report: None };

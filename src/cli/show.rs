@@ -7,6 +7,7 @@ use super::progress::line;
 use super::table::Table;
 use super::{CommandError, Exit, ask, pair, print, vm};
 use crate::control::{JobOutcome, JobRecord, JobSummary, Reply, Request, Status};
+use crate::migration::journal::Role;
 use crate::units::{ByteCount, duration_text};
 
 pub(super) async fn status(global: &Global) -> Result<Exit, CommandError> {
@@ -23,13 +24,14 @@ fn status_text(status: &Status) -> String {
         let (vm, peer) = (&doubt.vm, &doubt.peer);
         let word = if doubt.blocks { "IN DOUBT" } else { "NOT CONFIRMED" };
         text += &format!("{word}: {vm} (with {peer}): {}\n", doubt.detail);
-        text += &match doubt.blocks {
-            true => format!(
-                "  The agents ask each other until they have settled it; leave the VM alone. If \
-                 {peer} is gone for good: `longhaul resolve {vm}`\n\n"
+        let next = match (doubt.blocks, doubt.role) {
+            (true, Role::Source) => format!(
+                "The agents ask each other until they have settled it; leave the VM alone. If {peer} \
+                 is gone for good: `longhaul resolve {vm}`"
             ),
-            false => format!("  `longhaul resolve {vm}` tells what can be done\n\n"),
+            _ => format!("`longhaul resolve {vm}` tells what can be done"),
         };
+        text += &format!("  {next}\n\n");
     }
     let identity = &status.identity;
     text += &format!(
@@ -108,7 +110,7 @@ mod tests {
             peer: "lyon".into(),
             since: None,
             detail: "lyon has not confirmed that it runs".into(),
-            role: crate::migration::journal::Role::Source,
+            role: Role::Source,
             attempt: "00".into(),
             blocks: true,
         };

@@ -45,7 +45,7 @@ pub struct Doubts(Arc<Mutex<HashMap<JobId, Known>>>);
 struct Known {
     doubt: Doubt,
     words: mpsc::Sender<Word>,
-    ended: Arc<Notify>,
+    changed: Arc<Notify>,
 }
 
 /// One of them, held by the task that settles it; it is no doubt any more when this is dropped.
@@ -53,7 +53,7 @@ pub(super) struct Held {
     doubts: Doubts,
     job: JobId,
     words: mpsc::Receiver<Word>,
-    ended: Arc<Notify>,
+    changed: Arc<Notify>,
 }
 
 impl Doubts {
@@ -95,15 +95,15 @@ impl Doubts {
     /// Enters an attempt.
     pub(super) fn hold(&self, doubt: Doubt) -> Held {
         let (words_in, words) = mpsc::channel(1);
-        let (job, ended) = (doubt.job, Arc::new(Notify::new()));
-        self.table().insert(job, Known { doubt, words: words_in, ended: Arc::clone(&ended) });
-        Held { doubts: self.clone(), job, words, ended }
+        let (job, changed) = (doubt.job, Arc::new(Notify::new()));
+        self.table().insert(job, Known { doubt, words: words_in, changed: Arc::clone(&changed) });
+        Held { doubts: self.clone(), job, words, changed }
     }
 
-    /// The journal of an attempt has ended: whoever holds it may let go.
-    pub(super) fn ended(&self, job: JobId) {
+    /// The journal of an attempt has gone on: whoever holds it reads it again.
+    pub(super) fn changed(&self, job: JobId) {
         if let Some(known) = self.table().get(&job) {
-            known.ended.notify_one();
+            known.changed.notify_one();
         }
     }
 
@@ -122,10 +122,10 @@ impl Held {
         }
     }
 
-    /// The operator's next word, or `None` once the attempt's journal has ended by another hand.
-    pub(super) async fn word_or_end(&mut self) -> Option<Word> {
+    /// The operator's next word, or `None` once the attempt's journal has gone on by another hand.
+    pub(super) async fn word_or_change(&mut self) -> Option<Word> {
         tokio::select! {
-            () = self.ended.notified() => None,
+            () = self.changed.notified() => None,
             word = self.words.recv() => word,
         }
     }

@@ -190,9 +190,10 @@ impl History {
         })
     }
 
-    /// Whether nothing is left to do.
+    /// Whether nothing is left to do. A step behind the end opens an attempt again: a target that
+    /// hears late that it was overruled.
     pub fn ended(&self) -> bool {
-        self.records.contains(&Record::Ended)
+        self.records.last() == Some(&Record::Ended)
     }
 
     /// The first record, without which a journal says nothing.

@@ -41,7 +41,8 @@ const PUSH_BYTES_MAX: u64 = 64 << 20;
 /// How fast the hypervisor may hand us memory: local, so only the staging area slows it down.
 const MEMORY_RATE_BYTES_PER_S: u64 = 4 << 30;
 
-/// Moves or seeds one VM over `session`. `cancelled` ends the attempt safely, until the hand-over.
+/// Moves or seeds one VM over `session`. `cancelled` ends the attempt safely, until the hand-over; then
+/// it ends the waiting for a hand-over in doubt, which goes on without it.
 pub async fn run(
     site: &Site,
     job: &Job,
@@ -69,10 +70,10 @@ pub async fn run(
         start: Instant::now(),
     };
     attempt.begin_journal()?;
+    let mut cancelled = pin!(cancelled);
     let ended = {
         let mut work = pin!(attempt.work());
         let mut ticks = tokio::time::interval(TICK);
-        let mut cancelled = pin!(cancelled);
         loop {
             tokio::select! {
                 ended = &mut work => break ended,
@@ -84,7 +85,7 @@ pub async fn run(
     };
     let ended = match ended {
         Ok(Worked::Parked(parked)) => {
-            return attempt.hand_over(parked, dial, progress).await;
+            return attempt.hand_over(parked, dial, progress, cancelled).await;
         }
         Ok(Worked::Seeded) => attempt.keep_seed().await,
         Err(error) => Err(error),
@@ -336,6 +337,7 @@ impl Attempt<'_> {
         parked: Parked,
         dial: &dyn Dial,
         progress: &watch::Sender<Progress>,
+        cancelled: impl Future<Output = ()>,
     ) -> Result<Completed, MigrationError> {
         let token = Token {
             job: self.id,
@@ -346,10 +348,11 @@ impl Attempt<'_> {
         let half_trip_ms = self.link.stats().rtt.as_secs_f64() * 500.0;
         let mut leaving = self.leaving(dial);
         leaving.link = Some((&self.link, token));
-        let decided = leaving.hand_over(|note| {
+        let note = |note| {
             self.meter.note(note);
             progress.send_replace(self.progress());
-        });
+        };
+        let decided = leaving.hand_over(note, cancelled);
         let HandingOver { token_sent, answered, times, notes } = decided.await?;
         notes.into_iter().for_each(|note| self.meter.note(note));
         let ms = |from: Instant, to: Instant| to.duration_since(from).as_secs_f64() * 1000.0;

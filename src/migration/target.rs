@@ -26,56 +26,80 @@ use crate::hypervisor::{DiskInfo, VmSpec};
 /// How long a session stays open behind the last words.
 const LINGER: Duration = Duration::from_secs(10);
 
-/// Serves one session of a paired peer, to its end.
+/// A session behind its purpose: what is left of it are last words.
+pub struct LastWords {
+    session: Session,
+    talk: Option<(JobId, ControlSender, ControlReceiver)>,
+}
+
+/// Serves one session of a paired peer, to where its purpose has ended; for the rest see
+/// [`LastWords::hear_out`].
 pub async fn serve(
     site: &Site,
     attempts: &Attempts,
     peer: &str,
     session: Session,
-) -> Result<(), MigrationError> {
-    let (control, mut messages) = session
-        .control()
-        .ok_or_else(|| MigrationError::cut(peer, "its control stream is in use"))?;
-    let first = messages.recv::<ToTarget>().await.map_err(MigrationError::receiving(peer))?;
-    match first {
-        Some(ToTarget::Ask { job, standing }) => {
-            let answer = settle::verdict(site, attempts, job, peer, standing).await?;
-            control.send(&answer).await.map_err(MigrationError::sending(peer))?;
-            linger(&session).await;
-            Ok(())
+) -> (LastWords, Result<(), MigrationError>) {
+    let mut last = LastWords { session: session.clone(), talk: None };
+    let Some((control, mut messages)) = session.control() else {
+        return (last, Err(MigrationError::cut(peer, "its control stream is in use")));
+    };
+    let first = match messages.recv::<ToTarget>().await.map_err(MigrationError::receiving(peer)) {
+        Ok(Some(first)) => first,
+        Ok(None) => return (last, Ok(())),
+        Err(error) => return (last, Err(error)),
+    };
+    let answer = match first {
+        ToTarget::Ask { job, standing } => {
+            settle::verdict(site, attempts, job, peer, standing).await
         }
-        Some(ToTarget::Confirm { job }) => {
-            settle::confirmed(site, job, peer).await?;
-            control.send(&ToSource::Noted).await.map_err(MigrationError::sending(peer))?;
-            linger(&session).await;
-            Ok(())
+        ToTarget::Confirm { job } => {
+            match settle::confirmed(site, job, peer).await {
+                Ok(true) => Ok(ToSource::Noted),
+                // It is said again later.
+                Ok(false) => return (last, Ok(())),
+                Err(error) => Err(error),
+            }
         }
-        Some(ToTarget::Open(open)) => {
-            let answer = match admit(site, attempts, peer, &open).await {
-                Ok((Some(entered), spec, infos)) => {
-                    let job = open.job;
-                    let talking = session.clone();
-                    let arrival =
-                        Arrival::new(site, peer, *open, &spec, talking, &control, &entered);
-                    let outcome = arrival.run(&mut messages, infos).await;
-                    drop(entered);
-                    let last_words = hear_out(site, job, peer, &control, &mut messages);
-                    let _ = tokio::time::timeout(LINGER, last_words).await;
-                    linger(&session).await;
-                    return outcome;
-                }
-                Ok((None, ..)) => ToSource::Accepted { at_generation: Vec::new() },
-                Err(reasons) => {
-                    tracing::info!(peer, ?reasons, "a VM was refused");
-                    ToSource::Refused { reasons }
-                }
-            };
-            control.send(&answer).await.map_err(MigrationError::sending(peer))?;
-            linger(&session).await;
-            Ok(())
+        ToTarget::Open(open) => match admit(site, attempts, peer, &open).await {
+            Ok((Some(entered), spec, infos)) => {
+                let job = open.job;
+                let arrival = Arrival::new(site, peer, *open, &spec, session, &control, &entered);
+                let outcome = arrival.run(&mut messages, infos).await;
+                drop(entered);
+                last.talk = Some((job, control, messages));
+                return (last, outcome);
+            }
+            Ok((None, ..)) => Ok(ToSource::Accepted { at_generation: Vec::new() }),
+            Err(reasons) => {
+                tracing::info!(peer, ?reasons, "a VM was refused");
+                Ok(ToSource::Refused { reasons })
+            }
+        },
+        other => Err(MigrationError::protocol(peer, format!("it begins with {other:?}"))),
+    };
+    let answered = match answer {
+        Ok(answer) => control.send(&answer).await.map_err(MigrationError::sending(peer)),
+        Err(error) => Err(error),
+    };
+    (last, answered)
+}
+
+impl LastWords {
+    /// Hears the source out, which may still say that it knows what was decided, and leaves it time
+    /// to close the session itself.
+    pub async fn hear_out(self, site: &Site, peer: &str) {
+        let Self { session, talk } = self;
+        if let Some((job, control, mut messages)) = talk {
+            let confirmed = confirmed(site, job, peer, &control, &mut messages);
+            match tokio::time::timeout(LINGER, confirmed).await {
+                Ok(Ok(())) | Err(_) => {}
+                Ok(Err(error)) => tracing::debug!(peer, %job, %error, "no last word"),
+            }
         }
-        Some(other) => Err(MigrationError::protocol(peer, format!("it begins with {other:?}"))),
-        None => Ok(()),
+        if tokio::time::timeout(LINGER, session.closed()).await.is_err() {
+            session.close("nothing more to say");
+        }
     }
 }
 
@@ -110,7 +134,7 @@ async fn admit(
 }
 
 /// Reads the source's last word: that it knows what was decided.
-async fn hear_out(
+async fn confirmed(
     site: &Site,
     job: JobId,
     peer: &str,
@@ -121,7 +145,9 @@ async fn hear_out(
         messages.recv::<ToTarget>().await.map_err(MigrationError::receiving(peer))?
     {
         if message == (ToTarget::Confirm { job }) {
-            settle::confirmed(site, job, peer).await?;
+            if !settle::confirmed(site, job, peer).await? {
+                return Ok(());
+            }
             return control.send(&ToSource::Noted).await.map_err(MigrationError::sending(peer));
         }
     }
@@ -366,12 +392,5 @@ impl<'a> Arrival<'a> {
 
     fn bad(&self, detail: &str) -> MigrationError {
         MigrationError::protocol(self.peer, detail)
-    }
-}
-
-/// Leaves the source time to read the last words, and to close the session itself.
-async fn linger(session: &Session) {
-    if tokio::time::timeout(LINGER, session.closed()).await.is_err() {
-        session.close("nothing more to say");
     }
 }

@@ -11,8 +11,10 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 mod adopted;
+mod doubt;
 mod faults;
-mod handover;
+mod full;
+mod hooks;
 mod owners;
 mod refusals;
 mod seeds;

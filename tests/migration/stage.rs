@@ -172,9 +172,14 @@ impl Stage {
 
     /// Waits for the job's end and says how it was: `{"completed": ..}` or `{"failed": ..}`.
     pub(crate) fn outcome(&self, job: u64) -> Value {
+        self.outcome_at(Side::A, job)
+    }
+
+    /// As `outcome`, of a job of either side.
+    pub(crate) fn outcome_at(&self, side: Side, job: u64) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let status = self.pair.status(Side::A).unwrap();
+            let status = self.pair.status(side).unwrap();
             let records = status["recent"].as_array().unwrap();
             if let Some(record) = records.iter().find(|record| record["id"] == job) {
                 return record["outcome"].clone();
@@ -203,17 +208,23 @@ impl Stage {
         Some(vm["state"].as_str().unwrap().to_owned())
     }
 
-    /// Waits until an agent has settled what its earlier life left.
+    /// Waits until nothing is in doubt at one side.
     pub(crate) fn until_settled(&self, side: Side) {
+        self.until_in_doubt(side, |doubts| *doubts == json!([]));
+    }
+
+    /// Waits until the VM is in an agent's book and runs.
+    pub(crate) fn until_running(&self, side: Side) {
         let deadline = Instant::now() + PATIENCE;
-        loop {
-            let status = self.pair.status(side).unwrap();
-            if status["in_doubt"] == json!([]) {
-                return;
-            }
-            assert!(Instant::now() < deadline, "{}{}", status["in_doubt"], self.logs());
+        while self.state(side).as_deref() != Some("running") {
+            assert!(Instant::now() < deadline, "{:?}{}", self.state(side), self.logs());
             std::thread::sleep(LOOK_PERIOD);
         }
+    }
+
+    /// Waits until nothing is in doubt at either side.
+    pub(crate) fn until_all_settled(&self) {
+        Side::BOTH.iter().for_each(|side| self.until_settled(*side));
     }
 
     /// Waits until an agent has logged a line with these words in it.
@@ -222,6 +233,47 @@ impl Stage {
         let log = self.pair.folder(side).join("agent.log");
         while !std::fs::read_to_string(&log).unwrap().contains(words) {
             assert!(Instant::now() < deadline, "nothing of {words:?}{}", self.logs());
+            std::thread::sleep(LOOK_PERIOD);
+        }
+    }
+
+    /// Has the agent stop when it gets to a point of the switchover.
+    pub(crate) fn arm(&self, side: Side, point: &str) {
+        std::fs::create_dir_all(self.pair.points(side)).unwrap();
+        std::fs::write(self.pair.points(side).join(point), "").unwrap();
+    }
+
+    /// Whether the agent has stopped at a point.
+    pub(crate) fn is_at(&self, side: Side, point: &str) -> bool {
+        self.pair.points(side).join(format!("{point}.reached")).exists()
+    }
+
+    /// Waits until the agent has stopped at a point.
+    pub(crate) fn until_at(&self, side: Side, point: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.is_at(side, point) {
+            assert!(Instant::now() < deadline, "{point} is not reached{}", self.logs());
+            std::thread::sleep(LOOK_PERIOD);
+        }
+    }
+
+    /// Lets the agent go on, and no more stop there.
+    pub(crate) fn disarm(&self, side: Side, point: &str) {
+        let folder = self.pair.points(side);
+        for name in [point.to_owned(), format!("{point}.reached")] {
+            let _ = std::fs::remove_file(folder.join(name));
+        }
+    }
+
+    /// Waits until an agent says of its unsettled hand-overs what is wanted.
+    pub(crate) fn until_in_doubt(&self, side: Side, wanted: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let doubts = self.pair.status(side).unwrap()["in_doubt"].clone();
+            if wanted(&doubts) {
+                return doubts;
+            }
+            assert!(Instant::now() < deadline, "it says {doubts:#}{}", self.logs());
             std::thread::sleep(LOOK_PERIOD);
         }
     }

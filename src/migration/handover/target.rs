@@ -28,9 +28,11 @@ pub enum TargetState {
     Revoking,
     /// This side will never run the guest of this attempt.
     Refused,
-    /// The guest ran here and is to run at the source: that is being made durable.
+    /// The source's operator has overruled this side: that it gives way is being made durable.
+    GivingWay,
+    /// It is durable that the guest is to stop here, and was perhaps not done.
     Yielding,
-    /// It is. The guest stands still here until the operator has looked at it.
+    /// It was done: the guest stands still here until the operator has looked at it.
     Yielded,
 }
 
@@ -106,7 +108,9 @@ pub enum TargetRecord {
     Settled,
     /// It never will be ours.
     Refused,
-    /// It was ours and is the source's again.
+    /// It was ours and is the source's again, as soon as it stands still here.
+    Yielding,
+    /// It stands still here.
     Yielded,
 }
 
@@ -137,6 +141,7 @@ impl Target {
             Some(TargetRecord::Started) => TargetState::Owner,
             Some(TargetRecord::Settled) => TargetState::Settled,
             Some(TargetRecord::Refused) => TargetState::Refused,
+            Some(TargetRecord::Yielding) => TargetState::Yielding,
             Some(TargetRecord::Yielded) => TargetState::Yielded,
         })
     }
@@ -184,15 +189,12 @@ impl Target {
                 (self.state, vec![Do::Answer(Verdict::Runs)])
             }
             // The operator of the source has decided against us: the later word counts.
-            (Is::Owner | Is::Settled, On::Asked(Standing::TookBack)) => (
-                Is::Yielding,
-                vec![Do::Pause, Do::Shout(Conflict::RanTwice), Do::Journal(Record::Yielded)],
-            ),
-            (Is::Owner | Is::Settled, On::Confirmed | On::Resolve(Choice::Here)) => {
-                (self.state, vec![Do::End])
+            (Is::Owner | Is::Settled, On::Asked(Standing::TookBack)) => {
+                (Is::GivingWay, vec![Do::Shout(Conflict::RanTwice), Do::Journal(Record::Yielding)])
             }
-            (Is::Owner | Is::Settled, On::Resolve(Choice::There)) => {
-                (Is::Yielding, vec![Do::Pause, Do::Journal(Record::Yielded)])
+            // An owner that is not settled has something left to do.
+            (Is::Settled, On::Confirmed | On::Resolve(Choice::Here)) => {
+                (Is::Settled, vec![Do::End])
             }
 
             // Without an acceptance a journal is a refusal, whether or not it says so.
@@ -203,8 +205,12 @@ impl Target {
             (Is::Revoking, On::Retry) => (Is::Revoking, vec![Do::Journal(Record::Refused)]),
             (Is::Refused, On::Restarted) => (Is::Refused, vec![Do::Discard, Do::End]),
 
+            (Is::GivingWay, On::Journaled) | (Is::Yielding, On::Restarted) => {
+                (Is::Yielding, vec![Do::Pause, Do::Journal(Record::Yielded)])
+            }
+            // It runs at the source by now: it has to stand still here, written down or not.
+            (Is::GivingWay, On::Unwritten | On::JournalFailed) => (Is::GivingWay, vec![Do::Pause]),
             (Is::Yielding, On::Journaled) => (Is::Yielded, vec![Do::Answer(Verdict::Refused)]),
-            (Is::Yielding, On::Retry) => (Is::Yielding, vec![Do::Journal(Record::Yielded)]),
             (Is::Yielded, On::Resolve(Choice::There)) => (Is::Yielded, vec![Do::Remove, Do::End]),
 
             (Is::Refused | Is::Yielded, On::Asked(_)) => {

@@ -30,7 +30,7 @@ const SOURCE_EVENTS: [SourceEvent; 11] = [
     SourceEvent::Restarted,
     SourceEvent::Retry,
 ];
-const TARGET_STATES: [TargetState; 11] = [
+const TARGET_STATES: [TargetState; 12] = [
     TargetState::Receiving,
     TargetState::Holding,
     TargetState::Accepting,
@@ -40,6 +40,7 @@ const TARGET_STATES: [TargetState; 11] = [
     TargetState::Refusing,
     TargetState::Revoking,
     TargetState::Refused,
+    TargetState::GivingWay,
     TargetState::Yielding,
     TargetState::Yielded,
 ];

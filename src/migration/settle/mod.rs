@@ -13,7 +13,7 @@ pub(super) use source::{HandingOver, Leaving};
 pub(super) use target::{Arriving, after_switchover, confirmed, verdict};
 
 use super::Attempts;
-use super::doubts::{Doubt, Held};
+use super::doubts::Doubt;
 use super::error::MigrationError;
 use super::job::{Dial, Site};
 use super::journal::{Began, History, Role};
@@ -100,17 +100,5 @@ fn doubt(history: &History, began: &Began) -> Doubt {
         since: history.since().unwrap_or_default().to_owned(),
         blocks: true,
         detail: "a move was interrupted: it is being settled".to_owned(),
-    }
-}
-
-/// Answers the operator's words with this until the future is done; for a time in which nothing can
-/// be decided.
-async fn refusing_words<T>(held: &mut Held, why: &str, work: impl Future<Output = T>) -> T {
-    let mut work = std::pin::pin!(work);
-    loop {
-        tokio::select! {
-            done = &mut work => return done,
-            word = held.word() => { let _ = word.answer.send(Err(why.to_owned())); }
-        }
     }
 }

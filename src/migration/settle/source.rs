@@ -18,7 +18,7 @@ use super::super::journal::{AppendError, Began, History, Record, Role};
 use super::super::link::Link;
 use super::super::message::{JobId, TargetTimes, ToSource, ToTarget, Token};
 use super::super::points;
-use super::{Patience, refusing_words};
+use super::Patience;
 use crate::hypervisor::SourceVm;
 
 /// How long a target may take to answer one question.
@@ -95,8 +95,8 @@ impl<'a> Leaving<'a> {
         Self { site, dial, id, name, peer, ran, vm: None, link: None, machine, state }
     }
 
-    /// Hands over: returns once the target has decided and that was carried out here, or once the
-    /// operator has decided instead.
+    /// Hands over: returns once the target has decided and that was carried out here, once the
+    /// operator has decided instead, or, in doubt, once `unattended`.
     ///
     /// # Errors
     ///
@@ -104,6 +104,7 @@ impl<'a> Leaving<'a> {
     pub(in super::super) async fn hand_over(
         &mut self,
         note: impl Fn(String),
+        unattended: impl Future<Output = ()>,
     ) -> Result<HandingOver, MigrationError> {
         let delegated = self.feed(SourceEvent::Parked).await;
         if let Some(error) = self.state.not_delegated.take() {
@@ -131,7 +132,7 @@ impl<'a> Leaving<'a> {
                      answers; asking again",
                     self.name, self.peer
                 ));
-                self.settle_in_doubt().await
+                self.settle_in_doubt(unattended).await
             }
         };
         self.conclude(carried_out, sent, answered)
@@ -215,8 +216,12 @@ impl<'a> Leaving<'a> {
         }
     }
 
-    /// Asks, and listens to the operator, until either has decided.
-    async fn settle_in_doubt(&mut self) -> Result<(), MigrationError> {
+    /// Asks, and listens to the operator, until either has decided, or until nobody waits for that
+    /// any longer: then it goes on without this job.
+    async fn settle_in_doubt(
+        &mut self,
+        unattended: impl Future<Output = ()>,
+    ) -> Result<(), MigrationError> {
         let mut held = self.site.doubts.hold(Doubt {
             job: self.id,
             vm: self.name.to_owned(),
@@ -226,7 +231,7 @@ impl<'a> Leaving<'a> {
             blocks: true,
             detail: String::new(),
         });
-        self.ask_until(&mut held, |state| state != SourceState::Delegated).await
+        self.ask_until(&mut held, |state| state != SourceState::Delegated, unattended).await
     }
 
     /// Asks the target, and listens to the operator, until the state is such.
@@ -234,34 +239,52 @@ impl<'a> Leaving<'a> {
         &mut self,
         held: &mut Held,
         enough: fn(SourceState) -> bool,
+        unattended: impl Future<Output = ()>,
     ) -> Result<(), MigrationError> {
-        let mut patience = Patience::new();
+        let mut unattended = std::pin::pin!(unattended);
+        let mut patience = None;
         loop {
             let (blocks, detail) = self.what_is_known();
             held.say(blocks, detail);
-            let why = format!("{} is being asked just now: say it again", self.peer);
-            refusing_words(held, &why, self.feed(SourceEvent::Retry)).await?;
+            // Only what can be dropped half-way is waited for together with something else.
+            let asking = async {
+                if let Some(patience) = &mut patience {
+                    Patience::wait(patience).await;
+                }
+                self.ask_again().await
+            };
+            tokio::select! {
+                event = asking => {
+                    patience.get_or_insert_with(Patience::new);
+                    if let Some(event) = event {
+                        self.feed(event).await?;
+                    }
+                }
+                word = held.word() => self.follow(word).await?,
+                () = &mut unattended => return Ok(()),
+            }
             if enough(self.machine.state()) {
                 return Ok(());
             }
-            tokio::select! {
-                () = patience.wait() => {}
-                word = held.word() => {
-                    self.follow(word).await?;
-                    if enough(self.machine.state()) {
-                        return Ok(());
-                    }
-                }
-            }
+        }
+    }
+
+    /// Asks the target once more, if the machine wants that; what it says, if it is reached.
+    async fn ask_again(&mut self) -> Option<SourceEvent> {
+        match self.machine.on(SourceEvent::Retry)[..] {
+            [SourceEffect::Ask(standing)] => self.ask(standing).await,
+            _ => None,
         }
     }
 
     /// Does as the operator says, unless the target answers after all.
     async fn follow(&mut self, word: Word) -> Result<(), MigrationError> {
         let Word { choice, answer } = word;
-        let decided = |state| state != SourceState::Delegated;
-        let asked = self.feed(SourceEvent::Retry).await;
-        if decided(self.machine.state()) {
+        let asked = match self.ask_again().await {
+            Some(event) => self.feed(event).await,
+            None => Ok(()),
+        };
+        if self.machine.state() != SourceState::Delegated {
             let said = format!("{} has answered, nothing was overruled: ", self.peer);
             let _ = answer.send(Ok(said + &self.said()));
             return asked;
@@ -286,7 +309,8 @@ impl<'a> Leaving<'a> {
         followed
     }
 
-    /// Takes an event and carries out all that follows from it.
+    /// Takes an event and carries out all that follows from it. A record that nothing waited for and
+    /// that could not be written makes it fail in the end.
     async fn feed(&mut self, event: SourceEvent) -> Result<(), MigrationError> {
         let mut todo = VecDeque::from(self.machine.on(event));
         while let Some(effect) = todo.pop_front() {
@@ -296,7 +320,10 @@ impl<'a> Leaving<'a> {
                 }
             }
         }
-        Ok(())
+        match self.state.unwritten.take() {
+            Some(source) => Err(MigrationError::Journal { vm: self.name.to_owned(), source }),
+            None => Ok(()),
+        }
     }
 
     async fn carry_out(
@@ -361,11 +388,9 @@ impl<'a> Leaving<'a> {
             SourceEffect::TooLate => {}
             SourceEffect::NotResolved => self.state.not_resolved = true,
             SourceEffect::End => {
-                let failed = |source| MigrationError::Journal { vm: self.name.to_owned(), source };
-                if let Some(error) = self.state.unwritten.take() {
-                    return Err(failed(error));
+                if self.state.unwritten.is_none() {
+                    self.state.unwritten = self.append(&Record::Ended).err();
                 }
-                self.append(&Record::Ended).map_err(failed)?;
             }
         }
         Ok(None)
@@ -513,11 +538,10 @@ pub(super) async fn recover(
         Some(_) => leaving.what_is_known(),
     };
     held.say(blocks, detail);
-    let why = format!("{} is being asked just now: say it again", began.peer);
-    refusing_words(held, &why, leaving.feed(SourceEvent::Restarted)).await?;
+    leaving.feed(SourceEvent::Restarted).await?;
     let over = |state| matches!(state, SourceState::Kept | SourceState::Gone);
     if !over(leaving.machine.state()) {
-        leaving.ask_until(held, over).await?;
+        leaving.ask_until(held, over, std::future::pending()).await?;
     }
     Ok(leaving.said())
 }

@@ -43,6 +43,8 @@ pub(in super::super) struct Arriving<'a> {
     pub(in super::super) reason: Option<String>,
     verdict: Option<Verdict>,
     unwritten: Option<AppendError>,
+    /// A record that something waits for could not be written.
+    not_journaled: Option<AppendError>,
     crashed: bool,
 }
 
@@ -76,6 +78,7 @@ impl<'a> Arriving<'a> {
             reason: None,
             verdict: None,
             unwritten: None,
+            not_journaled: None,
             crashed: false,
         }
     }
@@ -88,7 +91,8 @@ impl<'a> Arriving<'a> {
         new
     }
 
-    /// Takes an event and carries out all that follows from it.
+    /// Takes an event and carries out all that follows from it. A record that nothing waited for and
+    /// that could not be written makes it fail in the end.
     pub(in super::super) async fn feed(
         &mut self,
         event: TargetEvent,
@@ -101,7 +105,10 @@ impl<'a> Arriving<'a> {
                 }
             }
         }
-        Ok(())
+        match self.unwritten.take() {
+            Some(source) => Err(MigrationError::Journal { vm: self.name.clone(), source }),
+            None => Ok(()),
+        }
     }
 
     /// Decides against the attempt, and stays until that is known to be durable.
@@ -182,12 +189,11 @@ impl<'a> Arriving<'a> {
                 tracing::error!(vm = self.name, peer = self.peer, ?conflict, "CONFLICT");
             }
             TargetEffect::End => {
-                let failed = |source| MigrationError::Journal { vm: self.name.clone(), source };
-                if let Some(error) = self.unwritten.take() {
-                    return Err(failed(error));
+                if self.unwritten.is_none() {
+                    let ended = self.site.journals.append(self.id, &Record::Ended);
+                    self.unwritten = ended.err();
+                    self.site.doubts.changed(self.id);
                 }
-                self.site.journals.append(self.id, &Record::Ended).map_err(failed)?;
-                self.site.doubts.ended(self.id);
             }
         }
         Ok(None)
@@ -195,7 +201,9 @@ impl<'a> Arriving<'a> {
 
     fn append(&self, step: TargetRecord) -> Result<(), AppendError> {
         let reason = match step {
-            TargetRecord::Refused | TargetRecord::Yielded => self.reason.as_deref(),
+            TargetRecord::Refused | TargetRecord::Yielding | TargetRecord::Yielded => {
+                self.reason.as_deref()
+            }
             _ => None,
         };
         self.site.journals.append(self.id, &Record::target(step, reason, self.run))
@@ -209,10 +217,12 @@ impl<'a> Arriving<'a> {
             self.reason =
                 Some(format!("its hand-over could not be written down: {error}: {cause}"));
         }
-        match error {
+        let event = match error {
             AppendError::Unwritten(_) => TargetEvent::Unwritten,
             AppendError::Unknown(_) => TargetEvent::JournalFailed,
-        }
+        };
+        self.not_journaled = Some(error);
+        event
     }
 
     fn answer(&self, verdict: Verdict) -> ToSource {
@@ -348,26 +358,29 @@ pub(in super::super) async fn verdict(
             "the operator at {peer} took it back while it was this host's: it was stopped here"
         ));
     }
-    arriving.feed(TargetEvent::Asked(standing)).await?;
+    let asked = arriving.feed(TargetEvent::Asked(standing)).await;
+    site.doubts.changed(job);
+    asked?;
     Ok(arriving.answer(arriving.verdict.unwrap_or(Verdict::Undecided)))
 }
 
-/// Notes that the source knows.
+/// Notes that the source knows; whether that is all there was to do.
 pub(in super::super) async fn confirmed(
     site: &Site,
     job: JobId,
     peer: &str,
-) -> Result<(), MigrationError> {
+) -> Result<bool, MigrationError> {
     let _turn = site.turn.lock().await;
-    let Some(history) = site.journals.read(job).map_err(reading(job))? else { return Ok(()) };
-    let Some(began) = history.began().cloned() else { return Ok(()) };
+    let Some(history) = site.journals.read(job).map_err(reading(job))? else { return Ok(true) };
+    let Some(began) = history.began().cloned() else { return Ok(true) };
     if began.peer != peer || began.role != Role::Target {
         return Err(MigrationError::protocol(peer, "it confirms another's attempt"));
     }
-    if history.ended() {
-        return Ok(());
+    if !history.ended() {
+        Arriving::recovered(site, &history, &began).feed(TargetEvent::Confirmed).await?;
     }
-    Arriving::recovered(site, &history, &began).feed(TargetEvent::Confirmed).await
+    let now = site.journals.read(job).map_err(reading(job))?;
+    Ok(now.is_none_or(|now| now.ended()))
 }
 
 fn reading(job: JobId) -> impl FnOnce(std::io::Error) -> MigrationError {
@@ -391,6 +404,11 @@ pub(super) async fn recover(
                 Some("the target's agent was restarted before it had everything".into());
         }
         arriving.feed(TargetEvent::Restarted).await?;
+        if arriving.machine.state() == TargetState::Yielding
+            && let Some(source) = arriving.not_journaled.take()
+        {
+            return Err(MigrationError::Journal { vm: began.vm.clone(), source });
+        }
         arriving.said()
     };
     // It only has to be told from here on: the next attempt with this VM may begin.
@@ -407,8 +425,9 @@ pub(super) async fn recover(
             Some(TargetRecord::Yielded) => Arriving::recovered(site, &now, began).said(),
             _ => format!("{said}; {} has not confirmed yet that it knows", began.peer),
         };
-        held.say(false, detail);
-        if let Some(word) = held.word_or_end().await {
+        // One that stands still here is not started by hand: it is the source's.
+        held.say(step == Some(TargetRecord::Yielded), detail);
+        if let Some(word) = held.word_or_change().await {
             follow(site, &now, began, word).await;
         }
     }
@@ -419,29 +438,27 @@ async fn follow(site: &Site, history: &History, began: &Began, word: Word) {
     let Word { choice, answer } = word;
     let _turn = site.turn.lock().await;
     let mut arriving = Arriving::recovered(site, history, began);
-    let is_yielded = arriving.machine.state() == TargetState::Yielded;
-    if is_yielded && choice == Choice::Here {
-        let why = format!("{} was given back to {}: that is final", began.vm, began.peer);
+    let (vm, peer) = (&began.vm, &began.peer);
+    let refused = match (arriving.machine.state(), choice) {
+        (TargetState::Yielded, Choice::Here) => {
+            Some(format!("{vm} is {peer}'s again: the later word was said there"))
+        }
+        // Its source may have heard already that it runs here, and let go.
+        (TargetState::Settled, Choice::There) => Some(format!(
+            "{vm} runs here; to have it at {peer} again, move it, or if {peer} is in doubt say \
+             `longhaul resolve {vm} --runs here` there"
+        )),
+        (TargetState::Yielded, Choice::There) | (TargetState::Settled, Choice::Here) => None,
+        _ => Some(format!("{vm} is this host's, and has still to be entered in its book")),
+    };
+    if let Some(why) = refused {
         let _ = answer.send(Err(why));
         return;
     }
-    if !is_yielded && choice == Choice::There {
-        arriving.reason = Some("the operator gave it back".to_owned());
-    }
-    let done = arriving.feed(TargetEvent::Resolve(choice)).await;
-    let said = match (done, choice) {
+    let said = match (arriving.feed(TargetEvent::Resolve(choice)).await, choice) {
         (Err(error), _) => Err(error.with_causes()),
-        (Ok(()), _) if arriving.machine.state() == TargetState::Yielding => Err(format!(
-            "the word could not be written down: {} is stopped here, and still this host's; mend \
-             the disk and say it again",
-            began.vm
-        )),
-        (Ok(()), Choice::Here) => Ok(format!("{} is this host's", began.vm)),
-        (Ok(()), Choice::There) if is_yielded => Ok(format!("{} is ended here", began.vm)),
-        (Ok(()), Choice::There) => Ok(format!(
-            "{} is stopped here and goes on at {} as it was when it left, as soon as that asks",
-            began.vm, began.peer
-        )),
+        (Ok(()), Choice::Here) => Ok(format!("{vm} is this host's")),
+        (Ok(()), Choice::There) => Ok(format!("{vm} is ended here")),
     };
     let _ = answer.send(said);
 }

@@ -136,7 +136,6 @@ impl Drill {
         // Its kernel lies at both ends, so that each can start it from its disk.
         for (name, file) in [("kernel", &stage.guest.kernel), ("initrd", &stage.guest.initrd)] {
             for side in Side::BOTH {
-                fs::create_dir_all(stage.pair.points(side)).unwrap();
                 fs::copy(file, stage.pair.images(side).join(name)).unwrap();
             }
             description["kernel"][name] = json!({"pool": "default", "file": name});
@@ -161,7 +160,7 @@ impl Drill {
         self.stage.watch.wait_alive(source).unwrap();
         let mut outcome = Outcome { reached: vec![false; faults.len()], ..Outcome::default() };
         for fault in faults {
-            fs::write(self.flag(fault.point), "").unwrap();
+            self.stage.arm(self.side_of(fault.point), fault.point);
         }
         let to = target.letter();
         self.stage.pair.ask(source, &["migrate", VM, "--to", to, "--detach"]).unwrap();
@@ -176,32 +175,28 @@ impl Drill {
     fn break_things(&mut self, faults: &[Fault], outcome: &mut Outcome) {
         let deadline = Instant::now() + PATIENCE;
         while outcome.reached.contains(&false) {
-            let next = faults
-                .iter()
-                .enumerate()
-                .find(|(nth, fault)| !outcome.reached[*nth] && self.reached(fault.point).exists());
+            let next = faults.iter().enumerate().find(|(nth, fault)| {
+                !outcome.reached[*nth] && self.stage.is_at(self.side_of(fault.point), fault.point)
+            });
             match next {
                 Some((nth, fault)) => {
                     outcome.reached[nth] = true;
                     self.inject(fault);
                 }
+                None if self.is_stuck() => self.mend(),
                 None if self.is_over() => break,
                 None => std::thread::sleep(LOOK_PERIOD),
             }
             assert!(Instant::now() < deadline, "no point is reached{}", self.stage.logs());
         }
         for fault in faults {
-            let _ = fs::remove_file(self.flag(fault.point));
-            let _ = fs::remove_file(self.reached(fault.point));
+            self.stage.disarm(self.side_of(fault.point), fault.point);
         }
     }
 
     fn inject(&mut self, fault: &Fault) {
         let (source, target) = (self.at, self.at.other());
         let stops = self.side_of(fault.point);
-        let go_on = || {
-            let _ = fs::remove_file(self.flag(fault.point));
-        };
         match fault.trouble {
             Trouble::KillSourceAgent => self.kill(source),
             Trouble::KillTargetAgent => self.kill(target),
@@ -213,20 +208,20 @@ impl Drill {
             Trouble::KillTargetQemu => self.kill_qemu(target),
             Trouble::Cut(time) => {
                 self.stage.wan.cut().unwrap();
-                go_on();
+                self.stage.disarm(stops, fault.point);
                 std::thread::sleep(time);
                 self.stage.wan.restore().unwrap();
             }
             Trouble::Freeze(time) if !self.down[stops as usize] => {
                 let pid = Pid::from_raw(self.stage.pair.pid(stops) as i32).unwrap();
                 kill_process(pid, Signal::STOP).unwrap();
-                go_on();
+                self.stage.disarm(stops, fault.point);
                 std::thread::sleep(time);
                 kill_process(pid, Signal::CONT).unwrap();
             }
             Trouble::Freeze(_) => {}
         }
-        let _ = fs::remove_file(self.flag(fault.point));
+        self.stage.disarm(stops, fault.point);
     }
 
     fn kill(&mut self, side: Side) {
@@ -243,17 +238,30 @@ impl Drill {
         }
     }
 
-    /// Whether no job runs any more, or nobody is left who could say so.
-    fn is_over(&self) -> bool {
-        if self.down[self.at as usize] {
-            return self.down[self.at.other() as usize] || !self.acts(self.at.other());
-        }
-        self.stage.pair.status(self.at).unwrap()["jobs"] == json!([])
+    /// Whether nothing more can be reached before somebody is started again.
+    fn is_stuck(&self) -> bool {
+        let up: Vec<Side> =
+            Side::BOTH.into_iter().filter(|&side| !self.down[side as usize]).collect();
+        let waits = |side: &Side| {
+            let status = self.stage.pair.status(*side).unwrap();
+            status["jobs"] == json!([]) || status["in_doubt"] != json!([])
+        };
+        up.len() < 2 && up.iter().all(waits)
     }
 
-    /// Whether an agent still does something of itself: at a target, hold an arriving QEMU.
-    fn acts(&self, side: Side) -> bool {
-        self.stage.run_file(side, "qemu.pid").exists() && self.stage.state(side).is_none()
+    /// Whether nothing is left that could reach a point.
+    fn is_over(&self) -> bool {
+        let quiet = |side: Side| {
+            let status = self.stage.pair.status(side).unwrap();
+            status["jobs"] == json!([]) && status["in_doubt"] == json!([])
+        };
+        self.down == [false; 2] && Side::BOTH.into_iter().all(quiet) && !self.arrives()
+    }
+
+    /// Whether a QEMU that is nobody's yet is at the target.
+    fn arrives(&self) -> bool {
+        let target = self.at.other();
+        self.stage.run_file(target, "qemu.pid").exists() && self.stage.state(target).is_none()
     }
 
     /// Starts again what was killed.
@@ -272,7 +280,7 @@ impl Drill {
             let states = Side::BOTH.map(|side| self.stage.pair.status(side).unwrap());
             let empty = |name: &str| states.iter().all(|state| state[name] == json!([]));
             outcome.in_doubt_seen |= !empty("in_doubt");
-            if empty("jobs") && empty("in_doubt") && !self.acts(self.at.other()) {
+            if self.is_over() {
                 return;
             }
             assert!(
@@ -364,15 +372,6 @@ impl Drill {
 
     fn side_of(&self, point: &str) -> Side {
         if point.starts_with("source.") { self.at } else { self.at.other() }
-    }
-
-    fn flag(&self, point: &str) -> PathBuf {
-        self.stage.pair.points(self.side_of(point)).join(point)
-    }
-
-    fn reached(&self, point: &str) -> PathBuf {
-        let name = format!("{point}.reached");
-        self.stage.pair.points(self.side_of(point)).join(name)
     }
 }
 
