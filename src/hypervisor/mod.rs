@@ -351,6 +351,8 @@ pub struct IncomingDisk {
 pub trait Host: Send + Sync {
     /// A VM of this host.
     async fn source(&self, vm: &str) -> Result<std::sync::Arc<dyn SourceVm>, HypervisorError>;
+    /// Whether this host has such a VM, running or not.
+    fn knows(&self, vm: &str) -> bool;
     /// Whether a VM of this host has a hypervisor process, whatever that is doing; false if this
     /// host has no such VM.
     async fn runs(&self, vm: &str) -> bool;

@@ -118,7 +118,9 @@ impl HandOver {
             Some(SourceState::Delegated) if idle => {
                 steps.push(Step::SourceRetries);
                 if side.left.words > 0 {
-                    steps.extend([Choice::Here, Choice::There].map(Step::SourceWord));
+                    steps.push(Step::SourceWord(Choice::There));
+                    // What was let go cannot be taken back.
+                    steps.extend(side.book.then_some(Step::SourceWord(Choice::Here)));
                 }
             }
             Some(SourceState::Returned | SourceState::Left) if idle => {
@@ -366,18 +368,20 @@ impl Model for HandOver {
 }
 
 /// The bounds of the whole space: what may go wrong at each side.
-const WHOLE: [(&str, Budget); 4] = [
+const WHOLE: [(&str, Budget); 5] = [
     ("faults", Budget { crashes: 1, journal: 1, calls: 1, deaths: 1, words: 0 }),
     ("crashes", Budget { crashes: 3, journal: 0, calls: 0, deaths: 0, words: 0 }),
     ("deaths", Budget { crashes: 2, journal: 0, calls: 0, deaths: 1, words: 0 }),
+    ("writes", Budget { crashes: 1, journal: 2, calls: 0, deaths: 0, words: 0 }),
     ("words", Budget { crashes: 1, journal: 1, calls: 0, deaths: 0, words: 1 }),
 ];
-/// Distinct states that the whole space has at least.
+/// Distinct states that the largest of them has at least.
 const STATES_MIN: usize = 1_000_000;
 /// In these each bug is found.
-const SMALL: [Budget; 2] = [
+const SMALL: [Budget; 3] = [
     Budget { crashes: 1, journal: 1, calls: 0, deaths: 1, words: 0 },
     Budget { crashes: 1, journal: 0, calls: 1, deaths: 0, words: 1 },
+    Budget { crashes: 1, journal: 2, calls: 0, deaths: 0, words: 0 },
 ];
 
 /// Explores a space whole; gives its size, or what does not hold and how many steps lead there.
@@ -404,19 +408,19 @@ fn explore(model: HandOver) -> Result<usize, (String, Vec<Step>)> {
 
 #[test]
 fn the_whole_space_holds() {
-    let mut all = 0;
+    let (mut all, mut most) = (0, 0);
     for (name, left) in WHOLE {
         let begun = Instant::now();
         match explore(HandOver { left, bug: None }) {
             Ok(states) => {
                 eprintln!("{name}: {left:?}: {states} states, {:?}", begun.elapsed());
-                all += states;
+                (all, most) = (all + states, states.max(most));
             }
             Err((what, steps)) => panic!("{name}: {what}: {steps:#?}"),
         }
     }
-    eprintln!("{all} states");
-    assert!(all >= STATES_MIN, "{all} states are too few to mean much");
+    eprintln!("{all} states, counted once for each budget");
+    assert!(most >= STATES_MIN, "{most} states are too few to mean much");
 }
 
 #[test]

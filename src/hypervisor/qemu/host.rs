@@ -119,6 +119,10 @@ impl Host for QemuHost {
         Ok(Arc::new(QemuSource::new(spec, images, handle).await?))
     }
 
+    fn knows(&self, vm: &str) -> bool {
+        self.book.get(vm).is_some()
+    }
+
     async fn runs(&self, vm: &str) -> bool {
         self.book.runs(vm)
     }

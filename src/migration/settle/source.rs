@@ -289,6 +289,11 @@ impl<'a> Leaving<'a> {
             let _ = answer.send(Ok(said + &self.said()));
             return asked;
         }
+        if choice == Choice::Here && !self.site.host.knows(self.name) {
+            let why = format!("{} was let go here: {} has said that it runs", self.name, self.peer);
+            let _ = answer.send(Err(why));
+            return Ok(());
+        }
         if choice == Choice::Here
             && let Err(why) = self.site.hooks.fence(self.name, self.peer).await
         {
