@@ -275,7 +275,12 @@ impl JournalDir {
         synced.map_err(|error| match file.set_len(good).and_then(|()| file.sync_all()) {
             Ok(()) => AppendError::Unwritten(error),
             Err(_) => AppendError::Unknown(error),
-        })
+        })?;
+        if *record == Record::Ended {
+            // Gives back what was reserved; if it cannot be, it only takes room.
+            let _ = file.set_len(good + line.len() as u64);
+        }
+        Ok(())
     }
 
     /// Opens a journal behind its last readable record, whose end is given.
@@ -426,6 +431,20 @@ mod tests {
         assert_eq!(unfinished[0].source_step(), Some(SourceRecord::Delegated));
         journals.append(job, &Record::Ended).unwrap();
         assert!(journals.unfinished().unwrap().is_empty());
+    }
+
+    #[test]
+    fn room_is_reserved_while_an_attempt_lasts() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let journals = JournalDir::open(dir.path()).unwrap();
+        let job = JobId::random();
+        let room = || fs::metadata(journals.path(job)).unwrap().blocks() * 512;
+        journals.begin(job, "web", &began()).unwrap();
+        journals.append(job, &step(SourceRecord::Delegated)).unwrap();
+        assert!(room() >= RESERVED_BYTES, "{}: no file system of ours", room());
+        journals.append(job, &Record::Ended).unwrap();
+        assert!(room() < RESERVED_BYTES, "{}", room());
     }
 
     #[test]

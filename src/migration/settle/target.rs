@@ -249,7 +249,10 @@ impl<'a> Arriving<'a> {
                 }
             });
         }
-        // A later life: whether it ran before is not known.
+        // A later life: whether it ran before is not known, unless it is in the book already.
+        if self.site.host.runs(&self.name).await {
+            return Ok(TargetEvent::Ran);
+        }
         let Some(vm) = self.site.host.prepared(&self.name).await? else {
             self.crashed = true;
             self.reason = Some("its hypervisor ended there, and the guest may have run".into());
