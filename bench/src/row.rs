@@ -224,6 +224,11 @@ pub struct Summary {
     pub gap_ms: f64,
     /// Median of [`Row::wire_bytes`], in MiB.
     pub wire_mib: f64,
+    /// Median of what the tool reports of its hand-over: from the last byte of data sent to the guest
+    /// running; 0 for a tool that does not say.
+    pub hand_over_ms: f64,
+    /// Median of the target hypervisor's own part of it, its load of the device state.
+    pub device_load_ms: f64,
 }
 
 /// Summarises rows: medians of each profile, guest, tool and variant, in this order.
@@ -245,8 +250,15 @@ pub fn summarise(rows: &[Row]) -> Vec<Summary> {
         downtime_ms: median(rows.iter().map(|row| row.downtime_ms)),
         gap_ms: median(rows.iter().filter_map(|row| row.verdict.gap_ms)),
         wire_mib: median(rows.iter().map(|row| row.wire_bytes as f64 / f64::from(1 << 20))),
+        hand_over_ms: median(reported(&rows, "hand_over_ms")),
+        device_load_ms: median(reported(&rows, "load_ms")),
     };
     groups.into_iter().map(summary).collect()
+}
+
+/// Parts of the downtime as the tool reported them.
+fn reported<'a>(rows: &'a [&Row], part: &'a str) -> impl Iterator<Item = f64> + 'a {
+    rows.iter().filter_map(move |row| row.report["downtime"][part].as_f64())
 }
 
 /// A table for people: medians, and how many times each is of Longhaul's of the same profile and
@@ -280,6 +292,14 @@ pub fn table(summaries: &[Summary]) -> String {
             cell(summary.gap_ms, |s| s.gap_ms),
             cell(summary.wire_mib, |s| s.wire_mib),
         );
+    }
+    for Summary { profile, guest, tool, hand_over_ms, device_load_ms, .. } in summaries {
+        if *hand_over_ms > 0.0 {
+            text += &format!(
+                "{tool}, {guest} over {profile}: hand-over {hand_over_ms:.1} ms from the last byte \
+                 sent to the guest running, of which the hypervisor's load {device_load_ms:.1} ms\n"
+            );
+        }
     }
     text
 }
