@@ -251,7 +251,7 @@ mod tests {
         let prepared = init(Some(dir.path()), None, Some("paris"), LISTEN).unwrap();
         let text = std::fs::read_to_string(&prepared.file).unwrap();
         let default = |line: &str| {
-            let skip = ["rate", "lan ", "routed ", "ovmf ", "before_", "after_"];
+            let skip = ["rate", "lan ", "routed ", "ovmf ", "before_", "after_", "fence"];
             line.contains(" = ") && !skip.iter().any(|name| line.starts_with(name))
         };
         let open = |line: &str| match line.strip_prefix("# ") {

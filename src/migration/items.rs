@@ -35,25 +35,54 @@ pub(super) async fn queue<T>(
     sent.map_err(|_| MigrationError::protocol(peer, "a task of the attempt is gone"))
 }
 
-/// Sorts bulk items to who applies them, and says when the last one came.
+/// What has come so far.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Received {
+    pub(super) disk_items: u64,
+    pub(super) memory_items: u64,
+    /// When the last of them came.
+    pub(super) last_at: Instant,
+    /// Nothing more can come.
+    pub(super) ended: bool,
+}
+
+impl Received {
+    pub(super) fn nothing() -> Self {
+        Self { disk_items: 0, memory_items: 0, last_at: Instant::now(), ended: false }
+    }
+}
+
+/// Sorts bulk items to who applies them, and says what has come.
 pub(super) async fn sort(
     peer: String,
     session: Session,
     disks: mpsc::Sender<DiskWork>,
     memory: mpsc::Sender<MemoryWork>,
-    last: watch::Sender<Instant>,
+    received: watch::Sender<Received>,
 ) -> Result<(), MigrationError> {
     loop {
-        // The control stream has the better words, and after the token it does not matter.
-        let Ok(batch) = session.recv_batch().await else { return Ok(()) };
-        last.send_replace(Instant::now());
+        // The control stream has the better words, as long as it is read.
+        let Ok(batch) = session.recv_batch().await else {
+            received.send_modify(|received| received.ended = true);
+            return Ok(());
+        };
         let (header, body) = BulkHeader::decode(batch.body)
             .map_err(|error| MigrationError::protocol(&peer, error))?;
         match header {
             BulkHeader::Memory { item, kind } => {
+                received.send_modify(|received| {
+                    received.memory_items += 1;
+                    received.last_at = Instant::now();
+                });
                 queue(&memory, MemoryWork::Item(item, kind, body), &peer).await?;
             }
-            header => queue(&disks, DiskWork::Item(header, body), &peer).await?,
+            header => {
+                received.send_modify(|received| {
+                    received.disk_items += 1;
+                    received.last_at = Instant::now();
+                });
+                queue(&disks, DiskWork::Item(header, body), &peer).await?;
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use super::attempts::{Attempts, Entered};
 use super::disk::DiskReceiver;
 use super::error::MigrationError;
 use super::handover::{TargetEvent, TargetState};
-use super::items::{self, DiskWork, QUEUED_ITEMS_MAX, queue};
+use super::items::{self, DiskWork, QUEUED_ITEMS_MAX, Received, queue};
 use super::job::Site;
 use super::journal::Record;
 use super::memory::{self, MemoryReceiver, MemoryWork};
@@ -259,14 +259,14 @@ impl<'a> Arrival<'a> {
         let (disk_items_in, mut disk_items) = watch::channel(0);
         let (memory_items_in, mut memory_items) = watch::channel(0);
         let (wants_in, mut wants) = mpsc::channel(QUEUED_ITEMS_MAX);
-        let (last_in, last) = watch::channel(Instant::now());
+        let (received_in, mut received) = watch::channel(Received::nothing());
         self.tasks.spawn(items::write_disks(disks, disk_queue, disk_items_in, wants_in));
         self.tasks.spawn(items::sort(
             self.peer.to_owned(),
             self.session.clone(),
             disk_work.clone(),
             memory_work.clone(),
-            last_in,
+            received_in,
         ));
         // The memory task starts when the hypervisor is there.
         let mut starting = Some((memory_queue, memory_items_in));
@@ -283,8 +283,16 @@ impl<'a> Arrival<'a> {
                 && *disk_items.borrow() >= token.disk_items
                 && *memory_items.borrow() >= token.memory_items
             {
-                let last = *last.borrow();
+                let last = received.borrow().last_at;
                 return self.take_over([at, last], &disk_work, &memory_work).await;
+            }
+            // The token may overtake what was sent before it, and the session may end in between.
+            let now = *received.borrow_and_update();
+            if let Some((token, _)) = self.token
+                && now.ended
+                && (now.disk_items < token.disk_items || now.memory_items < token.memory_items)
+            {
+                return Err(MigrationError::cut(self.peer, "not everything came before it went"));
             }
             tokio::select! {
                 message = messages.recv::<ToTarget>(), if self.token.is_none() => {
@@ -335,6 +343,7 @@ impl<'a> Arrival<'a> {
                     return Err(MigrationError::cut(self.peer, "it has given this attempt up"));
                 }
                 Some(want) = wants.recv() => self.tell(&want).await?,
+                Ok(()) = received.changed(), if self.token.is_some() => {}
                 Ok(()) = disk_items.changed() => {}
                 Ok(()) = memory_items.changed() => {
                     let items = *memory_items.borrow_and_update();

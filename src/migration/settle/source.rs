@@ -3,52 +3,48 @@
 //! Invariant: a lost link changes nothing but whom to ask: the question is repeated until the
 //! target's journal answers, in this life of the agent or a later one, and the guest stands still.
 
+mod question;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::super::doubts::{Doubt, Held, Word};
-use super::super::error::MigrationError;
-use super::super::handover::{
-    Choice, Conflict, Source, SourceEffect, SourceEvent, SourceRecord, SourceState, Standing,
-    Verdict,
-};
-use super::super::job::{Dial, Site};
-use super::super::journal::{AppendError, Began, History, Record, Role};
-use super::super::link::Link;
-use super::super::message::{JobId, TargetTimes, ToSource, ToTarget, Token};
-use super::super::points;
 use super::Patience;
 use crate::hypervisor::SourceVm;
-
-/// How long a target may take to answer one question.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long the link of the attempt may take to carry a last word and its answer.
-const NOTED_TIMEOUT: Duration = Duration::from_secs(5);
+use crate::migration::doubts::{Doubt, Held, Word};
+use crate::migration::error::MigrationError;
+use crate::migration::handover::{
+    Choice, Conflict, Source, SourceEffect, SourceEvent, SourceRecord, SourceState, Verdict,
+};
+use crate::migration::job::{Dial, Site};
+use crate::migration::journal::{AppendError, Began, History, Record, Role};
+use crate::migration::link::Link;
+use crate::migration::message::{JobId, TargetTimes, ToSource, ToTarget, Token};
+use crate::migration::points;
 
 /// What the target said last.
 #[derive(Debug, Clone, Default)]
-pub(in super::super) struct Answer {
+pub(in crate::migration) struct Answer {
     /// Why, for a refusal.
-    pub(in super::super) reason: Option<String>,
+    pub(in crate::migration) reason: Option<String>,
     /// How long its part took.
-    pub(in super::super) times: TargetTimes,
+    pub(in crate::migration) times: TargetTimes,
 }
 
 /// An attempt as its source settles it.
-pub(in super::super) struct Leaving<'a> {
-    pub(in super::super) site: &'a Site,
-    pub(in super::super) dial: &'a dyn Dial,
-    pub(in super::super) id: JobId,
-    pub(in super::super) name: &'a str,
-    pub(in super::super) peer: &'a str,
+pub(in crate::migration) struct Leaving<'a> {
+    pub(in crate::migration) site: &'a Site,
+    pub(in crate::migration) dial: &'a dyn Dial,
+    pub(in crate::migration) id: JobId,
+    pub(in crate::migration) name: &'a str,
+    pub(in crate::migration) peer: &'a str,
     /// Whether the guest ran before the attempt.
-    pub(in super::super) ran: bool,
+    pub(in crate::migration) ran: bool,
     /// The VM, while this life of the agent has worked with it.
-    pub(in super::super) vm: Option<Arc<dyn SourceVm>>,
+    pub(in crate::migration) vm: Option<Arc<dyn SourceVm>>,
     /// The link of the attempt, and the token that goes over it.
-    pub(in super::super) link: Option<(&'a Link, Token)>,
-    pub(in super::super) machine: Source,
+    pub(in crate::migration) link: Option<(&'a Link, Token)>,
+    pub(in crate::migration) machine: Source,
     state: Carried,
 }
 
@@ -70,20 +66,20 @@ struct Carried {
 
 /// How a hand-over ended at its source.
 #[derive(Debug)]
-pub(in super::super) struct HandingOver {
+pub(in crate::migration) struct HandingOver {
     /// When the token was with the transport.
-    pub(in super::super) token_sent: Instant,
+    pub(in crate::migration) token_sent: Instant,
     /// When the target's answer was here.
-    pub(in super::super) answered: Instant,
+    pub(in crate::migration) answered: Instant,
     /// What the target said of its part.
-    pub(in super::super) times: TargetTimes,
+    pub(in crate::migration) times: TargetTimes,
     /// What an operator should know.
-    pub(in super::super) notes: Vec<String>,
+    pub(in crate::migration) notes: Vec<String>,
 }
 
 impl<'a> Leaving<'a> {
     /// An attempt that `machine` is at.
-    pub(in super::super) fn new(
+    pub(in crate::migration) fn new(
         site: &'a Site,
         dial: &'a dyn Dial,
         id: JobId,
@@ -101,7 +97,7 @@ impl<'a> Leaving<'a> {
     /// # Errors
     ///
     /// The guest is this side's again, or (`NotGivenBack`) is being made so.
-    pub(in super::super) async fn hand_over(
+    pub(in crate::migration) async fn hand_over(
         &mut self,
         note: impl Fn(String),
         unattended: impl Future<Output = ()>,
@@ -185,7 +181,7 @@ impl<'a> Leaving<'a> {
     }
 
     /// Ends the attempt before the hand-over: gives the guest back and says so, in that order.
-    pub(in super::super) async fn abort(&mut self, error: MigrationError) -> MigrationError {
+    pub(in crate::migration) async fn abort(&mut self, error: MigrationError) -> MigrationError {
         match self.feed(SourceEvent::Abort).await {
             _ if self.state.crashed => MigrationError::Crashed { vm: self.name.to_owned() },
             Ok(()) => error,
@@ -424,63 +420,6 @@ impl<'a> Leaving<'a> {
                 Ok(())
             }
             given_back => given_back,
-        }
-    }
-
-    /// Asks over a session of its own; nothing if there is no answer.
-    async fn ask(&mut self, standing: Standing) -> Option<SourceEvent> {
-        match self.converse(&ToTarget::Ask { job: self.id, standing }).await {
-            Ok(ToSource::Verdict { job, verdict, reason, times }) if job == self.id => {
-                if verdict == Verdict::Undecided {
-                    tracing::info!(peer = self.peer, job = %self.id, "it has not decided yet");
-                } else {
-                    self.state.answer = Answer { reason, times };
-                }
-                Some(SourceEvent::Peer(verdict))
-            }
-            Ok(_) => None,
-            Err(error) => {
-                tracing::warn!(peer = self.peer, job = %self.id, error, "in doubt; asking again");
-                None
-            }
-        }
-    }
-
-    /// Tells the target that its decision is durable here, and waits until it has noted that.
-    async fn confirm(&mut self) -> Result<(), MigrationError> {
-        let confirm = ToTarget::Confirm { job: self.id };
-        if let Some((link, _)) = self.link
-            && link.tell(&confirm).await.is_ok()
-        {
-            let noted = async {
-                while !matches!(link.reply().await?, ToSource::Noted) {}
-                Ok(())
-            };
-            let noted: Result<Result<(), MigrationError>, _> =
-                tokio::time::timeout(NOTED_TIMEOUT, noted).await;
-            if matches!(noted, Ok(Ok(()))) {
-                return Ok(());
-            }
-        }
-        match self.converse(&confirm).await {
-            Ok(ToSource::Noted) => Ok(()),
-            Ok(other) => Err(MigrationError::protocol(self.peer, format!("it answers {other:?}"))),
-            Err(error) => Err(MigrationError::cut(self.peer, error)),
-        }
-    }
-
-    async fn converse(&self, question: &ToTarget) -> Result<ToSource, String> {
-        let talk = async {
-            let session = self.dial.dial().await?;
-            let (control, mut answers) = session.control().ok_or("its control stream is in use")?;
-            control.send(question).await.map_err(|error| error.to_string())?;
-            let answer = answers.recv::<ToSource>().await.map_err(|error| error.to_string())?;
-            session.close("thank you");
-            answer.ok_or_else(|| "it answers nothing".to_owned())
-        };
-        match tokio::time::timeout(ANSWER_TIMEOUT, talk).await {
-            Ok(answer) => answer,
-            Err(_) => Err("it does not answer".to_owned()),
         }
     }
 

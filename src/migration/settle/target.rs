@@ -9,38 +9,38 @@ use std::time::Instant;
 
 use longhaul_transport::ControlSender;
 
-use super::super::attempts::{Attempts, Entered};
-use super::super::doubts::{Held, Word};
-use super::super::error::MigrationError;
-use super::super::handover::{
-    Choice, Standing, Target, TargetEffect, TargetEvent, TargetRecord, TargetState, Verdict,
-};
-use super::super::job::{Side, Site};
-use super::super::journal::{AppendError, Began, History, Record, Role};
-use super::super::message::{JobId, TargetTimes, ToSource};
-use super::super::points;
 use super::Patience;
 use crate::hypervisor::{NotRunning, TargetVm, VmSpec};
+use crate::migration::attempts::{Attempts, Entered};
+use crate::migration::doubts::{Held, Word};
+use crate::migration::error::MigrationError;
+use crate::migration::handover::{
+    Choice, Standing, Target, TargetEffect, TargetEvent, TargetRecord, TargetState, Verdict,
+};
+use crate::migration::job::{Side, Site};
+use crate::migration::journal::{AppendError, Began, History, Record, Role};
+use crate::migration::message::{JobId, TargetTimes, ToSource};
+use crate::migration::points;
 
 /// An attempt as its target settles it.
-pub(in super::super) struct Arriving<'a> {
+pub(in crate::migration) struct Arriving<'a> {
     site: &'a Site,
     id: JobId,
     name: String,
     peer: &'a str,
     /// What the VM is; unknown only for an attempt that this host never took part in.
     spec: Option<VmSpec>,
-    pub(in super::super) machine: Target,
+    pub(in crate::migration) machine: Target,
     /// The guest is to run; its owner had not paused it.
-    pub(in super::super) run: bool,
+    pub(in crate::migration) run: bool,
     /// The hypervisor that this life of the agent has prepared.
-    pub(in super::super) vm: Option<Arc<dyn TargetVm>>,
+    pub(in crate::migration) vm: Option<Arc<dyn TargetVm>>,
     /// Where answers go.
     control: Option<&'a ControlSender>,
-    pub(in super::super) times: TargetTimes,
+    pub(in crate::migration) times: TargetTimes,
     /// When the last item of data came, for the report.
-    pub(in super::super) last_item_at: Option<Instant>,
-    pub(in super::super) reason: Option<String>,
+    pub(in crate::migration) last_item_at: Option<Instant>,
+    pub(in crate::migration) reason: Option<String>,
     verdict: Option<Verdict>,
     unwritten: Option<AppendError>,
     /// A record that something waits for could not be written.
@@ -50,7 +50,7 @@ pub(in super::super) struct Arriving<'a> {
 
 impl<'a> Arriving<'a> {
     /// An attempt that begins.
-    pub(in super::super) fn new(
+    pub(in crate::migration) fn new(
         site: &'a Site,
         id: JobId,
         spec: &VmSpec,
@@ -93,7 +93,7 @@ impl<'a> Arriving<'a> {
 
     /// Takes an event and carries out all that follows from it. A record that nothing waited for and
     /// that could not be written makes it fail in the end.
-    pub(in super::super) async fn feed(
+    pub(in crate::migration) async fn feed(
         &mut self,
         event: TargetEvent,
     ) -> Result<(), MigrationError> {
@@ -112,7 +112,7 @@ impl<'a> Arriving<'a> {
     }
 
     /// Decides against the attempt, and stays until that is known to be durable.
-    pub(in super::super) async fn refuse(
+    pub(in crate::migration) async fn refuse(
         &mut self,
         event: TargetEvent,
         reason: String,
@@ -323,7 +323,7 @@ fn ms_since(instant: Instant) -> f64 {
 }
 
 /// Answers a source that asks over a session of its own.
-pub(in super::super) async fn verdict(
+pub(in crate::migration) async fn verdict(
     site: &Site,
     attempts: &Attempts,
     job: JobId,
@@ -368,7 +368,7 @@ pub(in super::super) async fn verdict(
 }
 
 /// Notes that the source knows; whether that is all there was to do.
-pub(in super::super) async fn confirmed(
+pub(in crate::migration) async fn confirmed(
     site: &Site,
     job: JobId,
     peer: &str,
@@ -467,7 +467,7 @@ async fn follow(site: &Site, history: &History, began: &Began, word: Word) {
 }
 
 /// Runs the operator's hook behind an arrival.
-pub(in super::super) async fn after_switchover(site: &Site, vm: &str, peer: &str) {
+pub(in crate::migration) async fn after_switchover(site: &Site, vm: &str, peer: &str) {
     if let Err(reason) = site.hooks.after_switchover(vm, peer, Side::Target).await {
         tracing::error!(vm, reason, "the hook after the switchover failed");
     }

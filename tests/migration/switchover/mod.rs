@@ -18,12 +18,14 @@ use serde_json::json;
 use drill::{Drill, Fault, POINTS, Trouble};
 
 /// One trouble at one point each, so that every point and every trouble but the long cut is there.
-const SHORT: [(&str, Trouble); 16] = [
+const SHORT: [(&str, Trouble); 17] = [
     ("source.pausing", Trouble::KillTargetAgent),
     ("source.paused", Trouble::KillSourceAgent),
     ("source.parked", Trouble::KillBothAgents),
     ("source.delegated", Trouble::KillSourceAgent),
     ("source.delegated", Trouble::KillTargetQemu),
+    // The token may have overtaken what was sent before it.
+    ("source.token-sent", Trouble::KillSourceAgent),
     ("source.token-sent", Trouble::KillBothAgents),
     ("source.answered", Trouble::KillSourceAgent),
     ("source.noted", Trouble::KillSourceAgent),
