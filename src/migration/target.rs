@@ -29,7 +29,8 @@ const LINGER: Duration = Duration::from_secs(10);
 /// A session behind its purpose: what is left of it are last words.
 pub struct LastWords {
     session: Session,
-    talk: Option<(JobId, ControlSender, ControlReceiver)>,
+    /// Kept to the end: to drop its halves is to close it under the last answer.
+    talk: Option<(Option<JobId>, ControlSender, ControlReceiver)>,
 }
 
 /// Serves one session of a paired peer, to where its purpose has ended; for the rest see
@@ -67,7 +68,7 @@ pub async fn serve(
                 let arrival = Arrival::new(site, peer, *open, &spec, session, &control, &entered);
                 let outcome = arrival.run(&mut messages, infos).await;
                 drop(entered);
-                last.talk = Some((job, control, messages));
+                last.talk = Some((Some(job), control, messages));
                 return (last, outcome);
             }
             Ok((None, ..)) => Ok(ToSource::Accepted { at_generation: Vec::new() }),
@@ -82,6 +83,7 @@ pub async fn serve(
         Ok(answer) => control.send(&answer).await.map_err(MigrationError::sending(peer)),
         Err(error) => Err(error),
     };
+    last.talk = Some((None, control, messages));
     (last, answered)
 }
 
@@ -90,8 +92,10 @@ impl LastWords {
     /// to close the session itself.
     pub async fn hear_out(self, site: &Site, peer: &str) {
         let Self { session, talk } = self;
-        if let Some((job, control, mut messages)) = talk {
-            let confirmed = confirmed(site, job, peer, &control, &mut messages);
+        let mut talk = talk;
+        if let Some((Some(job), control, messages)) = &mut talk {
+            let job = *job;
+            let confirmed = confirmed(site, job, peer, control, messages);
             match tokio::time::timeout(LINGER, confirmed).await {
                 Ok(Ok(())) | Err(_) => {}
                 Ok(Err(error)) => tracing::debug!(peer, %job, %error, "no last word"),
