@@ -76,7 +76,7 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         staging_bytes: parts.config.limits.memory.0 / STAGING_SHARE,
     };
     for history in mover.site.journals.unfinished()? {
-        mover.recover(history);
+        mover.recover(&history);
     }
     Ok(Arc::new(mover))
 }
@@ -91,13 +91,13 @@ impl MigrationMover {
     }
 
     /// Settles an attempt that nobody works on, in the background: it may have to wait for a peer.
-    fn recover(&self, history: History) {
-        let Some(began) = history.began() else {
+    fn recover(&self, history: &History) {
+        let Some(began) = history.began().cloned() else {
             tracing::error!(attempt = %history.job, "a journal has no beginning; it is left alone");
             return;
         };
         let dial = self.dialer(&began.peer);
-        tokio::spawn(migration::recover(self.site.clone(), &self.attempts, history, dial));
+        tokio::spawn(migration::recover(self.site.clone(), &self.attempts, history, began, dial));
     }
 
     /// Settles what an attempt could not carry out or write down, now that it has ended.
@@ -112,7 +112,7 @@ impl MigrationMover {
         for history in unfinished {
             let is_left = history.began().is_some_and(|began| left(began, history.job));
             if is_left && !self.site.doubts.contains(history.job) {
-                self.recover(history);
+                self.recover(&history);
             }
         }
     }

@@ -2,8 +2,6 @@
 //!
 //! Invariant: `kind` alone decides the exit code; the texts are for people.
 
-use std::error::Error;
-
 use serde::{Deserialize, Serialize};
 
 /// How bad a failure is.
@@ -57,19 +55,4 @@ impl Failure {
     ) -> Self {
         Self { kind, what: what.into(), state: state.into(), next: next.into() }
     }
-}
-
-/// An error and its causes in one line, each said once.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        // Some errors quote their cause themselves.
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
 }

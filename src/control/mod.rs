@@ -17,8 +17,9 @@ mod failure;
 mod line;
 mod message;
 
+pub use crate::migration::chain;
 pub use client::{Call, CallError, call};
-pub use failure::{Failure, FailureKind, chain};
+pub use failure::{Failure, FailureKind};
 pub use line::{LineError, read_line, write_line};
 pub use longhaul_transport::BitRate;
 pub use message::{

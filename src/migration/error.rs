@@ -3,6 +3,8 @@
 //! Invariant: every variant but the last four means that the guest is the source's, and runs there as
 //! it did before.
 
+use std::error::Error;
+
 use longhaul_transport::{RecvError, SendError};
 
 use super::journal::AppendError;
@@ -134,17 +136,6 @@ impl MigrationError {
         Self::NotGivenBack { vm: vm.to_owned(), source: Box::new(self) }
     }
 
-    /// The error and its causes, on one line.
-    pub(super) fn with_causes(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text += &format!(": {error}");
-            cause = error.source();
-        }
-        text
-    }
-
     pub(super) fn cut(peer: &str, detail: impl ToString) -> Self {
         Self::Cut { peer: peer.to_owned(), detail: detail.to_string() }
     }
@@ -160,4 +151,19 @@ impl MigrationError {
     pub(super) fn receiving(peer: &str) -> impl Fn(RecvError) -> Self + '_ {
         move |error| Self::cut(peer, error)
     }
+}
+
+/// An error and its causes in one line, each said once.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        // Some errors quote their cause themselves.
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
 }

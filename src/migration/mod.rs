@@ -41,7 +41,7 @@ pub mod staging;
 mod target;
 
 pub use attempts::Attempts;
-pub use error::MigrationError;
+pub use error::{MigrationError, chain};
 pub use report::{Completed, Phase, Progress};
 pub use settle::recover;
 pub use source::{obstacles, run};

@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 
 use super::attempts::{Attempts, Entered};
 use super::disk::DiskReceiver;
-use super::error::MigrationError;
+use super::error::{MigrationError, chain};
 use super::handover::{TargetEvent, TargetState};
 use super::items::{self, DiskWork, QUEUED_ITEMS_MAX, Received, queue};
 use super::job::Site;
@@ -91,8 +91,7 @@ impl LastWords {
     /// Hears the source out, which may still say that it knows what was decided, and leaves it time
     /// to close the session itself.
     pub async fn hear_out(self, site: &Site, peer: &str) {
-        let Self { session, talk } = self;
-        let mut talk = talk;
+        let Self { session, mut talk } = self;
         if let Some((Some(job), control, messages)) = &mut talk {
             let job = *job;
             let confirmed = confirmed(site, job, peer, control, messages);
@@ -211,9 +210,7 @@ impl<'a> Arrival<'a> {
             let begun = self.site.journals.begin(self.job, &self.spec.name, &began);
             if let Err(error) = begun {
                 let name = &self.spec.name;
-                let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
-                let cause = cause.unwrap_or_default();
-                let reason = format!("nothing was begun for {name}: {error}{cause}");
+                let reason = format!("nothing was begun for {name}: {}", chain(&error));
                 let _ = self.tell(&ToSource::Refused { reasons: vec![reason.clone()] }).await;
                 return Err(self.bad(&reason));
             }
@@ -223,7 +220,7 @@ impl<'a> Arrival<'a> {
             tracing::warn!(
                 peer = self.peer, vm = %self.spec.name, job = %self.job, %error, "arrival ended"
             );
-            let reason = error.with_causes();
+            let reason = chain(&error);
             // Best effort, and before the refusal is durable: it ends what waits at the source.
             if self.token.is_none() {
                 let _ = self.control.send(&ToSource::Failed { reason: reason.clone() }).await;

@@ -88,6 +88,32 @@ pub struct Side<M, E, R> {
 }
 
 impl<M, E, R> Side<M, E, R> {
+    fn new(machine: M, qemu: Qemu, book: bool, left: Budget) -> Self {
+        Self {
+            up: true,
+            machine: Some(machine),
+            todo: vec![],
+            durable: None,
+            cached: None,
+            ended: false,
+            unwritten: false,
+            qemu,
+            book,
+            left,
+        }
+    }
+
+    /// The agent crashes, or its host and the hypervisor with it; whether a guest died of that.
+    fn crash(&mut self, host: bool) -> bool {
+        (self.up, self.machine, self.cached, self.unwritten) = (false, None, None, false);
+        self.todo.clear();
+        if !host || self.qemu == Qemu::Ended {
+            return false;
+        }
+        let was = std::mem::replace(&mut self.qemu, Qemu::Dead);
+        matches!(was, Qemu::Running | Qemu::Stopped)
+    }
+
     /// A step behind the end opens the attempt again.
     fn write(&mut self, record: R) {
         (self.durable, self.ended) = (Some(record), false);
@@ -141,34 +167,9 @@ pub enum Turn {
 
 impl World {
     pub fn new(left: Budget) -> Self {
-        let side = |qemu, book| (qemu, book);
-        let ((source_qemu, in_book), (target_qemu, not_yet)) =
-            (side(Qemu::Running, true), side(Qemu::Loading, false));
         Self {
-            source: Side {
-                up: true,
-                machine: Some(Source::new()),
-                todo: vec![],
-                durable: None,
-                cached: None,
-                ended: false,
-                unwritten: false,
-                qemu: source_qemu,
-                book: in_book,
-                left,
-            },
-            target: Side {
-                up: true,
-                machine: Some(Target::new()),
-                todo: vec![],
-                durable: None,
-                cached: None,
-                ended: false,
-                unwritten: false,
-                qemu: target_qemu,
-                book: not_yet,
-                left,
-            },
+            source: Side::new(Source::new(), Qemu::Running, true, left),
+            target: Side::new(Target::new(), Qemu::Loading, false, left),
             fresh: true,
             asked: None,
             net: 0,
@@ -521,23 +522,11 @@ impl World {
     }
 
     pub fn crash_source(&mut self, host: bool) {
-        let side = &mut self.source;
-        (side.up, side.machine, side.cached, side.unwritten) = (false, None, None, false);
-        side.todo.clear();
-        if host && side.qemu != Qemu::Ended {
-            self.past.crashed |= matches!(side.qemu, Qemu::Running | Qemu::Stopped);
-            side.qemu = Qemu::Dead;
-        }
+        self.past.crashed |= self.source.crash(host);
     }
 
     pub fn crash_target(&mut self, host: bool) {
-        let side = &mut self.target;
-        (side.up, side.machine, side.cached, side.unwritten) = (false, None, None, false);
-        side.todo.clear();
         (self.fresh, self.asked) = (false, None);
-        if host && side.qemu != Qemu::Ended {
-            self.past.crashed |= matches!(side.qemu, Qemu::Running | Qemu::Stopped);
-            side.qemu = Qemu::Dead;
-        }
+        self.past.crashed |= self.target.crash(host);
     }
 }

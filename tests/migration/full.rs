@@ -2,27 +2,17 @@
 //! runs, and what could not be written down is, as soon as it can be.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
-use longhaul_bench::host::VM;
 use longhaul_bench::netns::Side;
 use serde_json::Value;
 
-use super::stage::{Setting, Stage};
+use super::stage::{Mounts, Setting, Stage, mount};
 
 /// Room for an agent's state: pages that have arrived lie there, too.
 const STATE_ROOM: &str = "size=600m";
 const JOURNALS_ROOM: &str = "size=256k";
-
-fn mount(folder: &Path, options: &str) {
-    fs::create_dir_all(folder).unwrap();
-    let mounted = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", options, "longhaul-test"])
-        .arg(folder)
-        .status();
-    assert!(mounted.unwrap().success());
-}
 
 fn state(stage: &Stage, side: Side) -> PathBuf {
     stage.pair.folder(side).join("state")
@@ -75,17 +65,6 @@ fn remount(stage: &Stage, side: Side, mode: &str) {
     assert!(mounted.unwrap().success(), "{mode} at {}", side.letter());
 }
 
-/// Unmounts, also when a test fails.
-struct Mounts(Vec<PathBuf>);
-
-impl Drop for Mounts {
-    fn drop(&mut self) {
-        for folder in &self.0 {
-            let _ = Command::new("umount").arg("--lazy").arg(folder).status();
-        }
-    }
-}
-
 /// Moves the guest from where it is; the disk at one end is spoilt at a point, or before the move
 /// begins. Gives how the job ended.
 fn moved_while(
@@ -95,19 +74,14 @@ fn moved_while(
     at: Side,
     point: Option<&str>,
 ) -> Result<Value, String> {
-    let begin = || {
-        let to = from.other().letter();
-        let started = stage.pair.ask(from, &["migrate", VM, "--to", to, "--detach"]).unwrap();
-        started["started"]["id"].as_u64().unwrap()
-    };
     let job = match point {
         None => {
             disk.spoil(stage, at);
-            begin()
+            stage.begin_from(from, "migrate")
         }
         Some(point) => {
             stage.arm(at, point);
-            let job = begin();
+            let job = stage.begin_from(from, "migrate");
             stage.until_at(at, point);
             disk.spoil(stage, at);
             stage.disarm(at, point);

@@ -1,15 +1,13 @@
 //! What cannot be moved is refused with its reason, before anything is sent.
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
 
 use longhaul_bench::host::VM;
 use longhaul_bench::netns::Side;
 use serde_json::{Value, json};
 
 use super::adopted::ByHand;
-use super::stage::{Setting, Stage, files};
+use super::stage::{Mounts, Setting, Stage, files, mount};
 
 /// Questions and their answers, with handshakes; any disk is larger by far.
 const TALK_BYTES_MAX: u64 = 256 << 10;
@@ -48,30 +46,15 @@ fn assert_refused(stage: &Stage, words: &str) {
     stage.pair.ask(Side::A, &["vm", "stop", VM, "--force"]).unwrap();
 }
 
-fn unmount_at_end(folder: PathBuf) -> impl Drop {
-    struct Mounted(PathBuf);
-    impl Drop for Mounted {
-        fn drop(&mut self) {
-            let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
-        }
-    }
-    Mounted(folder)
-}
-
 #[test]
 fn what_cannot_be_moved_is_refused_with_its_reason() {
     let setting = Setting {
         older_target: true,
-        before: |[_, b]| {
-            let pool = b.join("images");
-            fs::create_dir(&pool).unwrap();
-            let mount = ["-t", "tmpfs", "-o", ROOM, "longhaul-test"];
-            assert!(Command::new("mount").args(mount).arg(&pool).status().unwrap().success());
-        },
+        before: |[_, b]| mount(&b.join("images"), ROOM),
         ..Setting::default()
     };
     let Some(stage) = Stage::empty("refused", &setting) else { return };
-    let mounted = unmount_at_end(stage.pair.images(Side::B));
+    let mounted = Mounts(vec![stage.pair.images(Side::B)]);
     let start = |description: Value| stage.pair.start_described(&description).unwrap();
 
     start(nobody(&stage, "pc-q35-10.0", "qemu64", 16));

@@ -146,7 +146,13 @@ impl Stage {
 
     /// Starts a job and gives its number.
     pub(crate) fn begin(&self, deed: &str) -> u64 {
-        let started = self.pair.ask(Side::A, &[deed, VM, "--to", "b", "--detach"]).unwrap();
+        self.begin_from(Side::A, deed)
+    }
+
+    /// As `begin`, from either side to the other.
+    pub(crate) fn begin_from(&self, side: Side, deed: &str) -> u64 {
+        let to = side.other().letter();
+        let started = self.pair.ask(side, &[deed, VM, "--to", to, "--detach"]).unwrap();
         started["started"]["id"].as_u64().unwrap_or_else(|| panic!("no job in {started}"))
     }
 
@@ -357,6 +363,24 @@ impl Stage {
             assert!(!netns::namespace_path(&name, side).exists());
         }
         scratch.close().unwrap();
+    }
+}
+
+/// Makes a folder that has a file system in memory of its own; [`Mounts`] takes it away.
+pub(crate) fn mount(folder: &Path, options: &str) {
+    std::fs::create_dir_all(folder).unwrap();
+    let mount = ["-t", "tmpfs", "-o", options, "longhaul-test"];
+    assert!(Command::new("mount").args(mount).arg(folder).status().unwrap().success());
+}
+
+/// Folders that are unmounted at the end, also when a test fails.
+pub(crate) struct Mounts(pub(crate) Vec<PathBuf>);
+
+impl Drop for Mounts {
+    fn drop(&mut self) {
+        for folder in &self.0 {
+            let _ = Command::new("umount").arg("--lazy").arg(folder).status();
+        }
     }
 }
 

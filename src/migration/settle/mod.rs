@@ -14,7 +14,7 @@ pub(super) use target::{Arriving, after_switchover, confirmed, verdict};
 
 use super::Attempts;
 use super::doubts::Doubt;
-use super::error::MigrationError;
+use super::error::{MigrationError, chain};
 use super::job::{Dial, Site};
 use super::journal::{Began, History, Role};
 
@@ -44,21 +44,15 @@ impl Patience {
 pub fn recover<D: Dial + 'static>(
     site: Site,
     attempts: &Attempts,
-    history: History,
+    history: &History,
+    began: Began,
     dial: D,
 ) -> impl Future<Output = ()> + Send + use<D> {
-    let began = history.began().cloned();
-    let held = began.as_ref().map(|began| site.doubts.hold(doubt(&history, began)));
-    let mut entered = began
-        .as_ref()
-        .filter(|began| began.role == Role::Target && history.acts())
-        .map(|began| attempts.recovering(history.job, &began.vm, &began.peer));
+    let job = history.job;
+    let mut held = site.doubts.hold(doubt(history, &began));
+    let arrives = began.role == Role::Target && history.acts();
+    let mut entered = arrives.then(|| attempts.recovering(job, &began.vm, &began.peer));
     async move {
-        let job = history.job;
-        let (Some(began), Some(mut held)) = (began, held) else {
-            tracing::error!(%job, "a journal does not begin with its beginning; it is left alone");
-            return;
-        };
         let mut patience = Patience::new();
         loop {
             // Read anew each time: it may say more by now.
@@ -81,7 +75,7 @@ pub fn recover<D: Dial + 'static>(
                     return;
                 }
                 Err(error) => {
-                    let detail = error.with_causes();
+                    let detail = chain(&error);
                     tracing::error!(vm = began.vm, peer = began.peer, %job, detail, "not settled");
                     held.say(true, detail);
                 }

@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::Patience;
 use crate::hypervisor::SourceVm;
 use crate::migration::doubts::{Doubt, Held, Word};
-use crate::migration::error::MigrationError;
+use crate::migration::error::{MigrationError, chain};
 use crate::migration::handover::{
     Choice, Conflict, Source, SourceEffect, SourceEvent, SourceRecord, SourceState, Verdict,
 };
@@ -24,27 +24,27 @@ use crate::migration::points;
 
 /// What the target said last.
 #[derive(Debug, Clone, Default)]
-pub(in crate::migration) struct Answer {
+struct Answer {
     /// Why, for a refusal.
-    pub(in crate::migration) reason: Option<String>,
+    reason: Option<String>,
     /// How long its part took.
-    pub(in crate::migration) times: TargetTimes,
+    times: TargetTimes,
 }
 
 /// An attempt as its source settles it.
 pub(in crate::migration) struct Leaving<'a> {
-    pub(in crate::migration) site: &'a Site,
-    pub(in crate::migration) dial: &'a dyn Dial,
-    pub(in crate::migration) id: JobId,
-    pub(in crate::migration) name: &'a str,
-    pub(in crate::migration) peer: &'a str,
+    site: &'a Site,
+    dial: &'a dyn Dial,
+    id: JobId,
+    name: &'a str,
+    peer: &'a str,
     /// Whether the guest ran before the attempt.
-    pub(in crate::migration) ran: bool,
+    ran: bool,
     /// The VM, while this life of the agent has worked with it.
     pub(in crate::migration) vm: Option<Arc<dyn SourceVm>>,
     /// The link of the attempt, and the token that goes over it.
     pub(in crate::migration) link: Option<(&'a Link, Token)>,
-    pub(in crate::migration) machine: Source,
+    machine: Source,
     state: Carried,
 }
 
@@ -112,7 +112,7 @@ impl<'a> Leaving<'a> {
         let told = match delegated {
             Ok(()) => self.answer_on_the_link().await,
             Err(error) => {
-                tracing::warn!(vm = self.name, error = error.with_causes(), "the token is lost");
+                tracing::warn!(vm = self.name, error = chain(&error), "the token is lost");
                 None
             }
         };
@@ -150,7 +150,7 @@ impl<'a> Leaving<'a> {
                     format!(
                         "{name} runs at {peer}; this host has not tidied up yet and goes on \
                          trying: {}",
-                        error.with_causes()
+                        chain(&error)
                     )
                 }));
                 Ok(HandingOver { token_sent, answered, times, notes })
@@ -166,15 +166,10 @@ impl<'a> Leaving<'a> {
                 let reason = reason.unwrap_or_else(|| "it refused the hand-over".into());
                 Err(MigrationError::Peer { peer, reason })
             }
-            SourceState::Returned => Err(MigrationError::Resolved {
+            state @ (SourceState::Returned | SourceState::Left) => Err(MigrationError::Resolved {
                 vm: name,
-                here: true,
-                undone: carried_out.err().map(|error| error.with_causes()),
-            }),
-            SourceState::Left => Err(MigrationError::Resolved {
-                vm: name,
-                here: false,
-                undone: carried_out.err().map(|error| error.with_causes()),
+                here: state == SourceState::Returned,
+                undone: carried_out.err().map(|error| chain(&error)),
             }),
             _ => Err(MigrationError::InDoubt { vm: name, peer, job: self.id }),
         }
@@ -187,7 +182,7 @@ impl<'a> Leaving<'a> {
             Ok(()) => error,
             // The journal stays open: it is tried again, by whoever looks for such journals.
             Err(back) if back.is_journal() => {
-                tracing::warn!(vm = self.name, error = back.with_causes(), "not written down");
+                tracing::warn!(vm = self.name, error = chain(&back), "not written down");
                 error
             }
             Err(back) => {
@@ -304,7 +299,7 @@ impl<'a> Leaving<'a> {
                 self.name
             )),
             Ok(()) => Ok(self.said()),
-            Err(error) => Err(format!("{}; but: {}", self.said(), error.with_causes())),
+            Err(error) => Err(format!("{}; but: {}", self.said(), chain(&error))),
         };
         let _ = answer.send(said);
         followed

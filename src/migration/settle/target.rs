@@ -13,7 +13,7 @@ use super::Patience;
 use crate::hypervisor::{NotRunning, TargetVm, VmSpec};
 use crate::migration::attempts::{Attempts, Entered};
 use crate::migration::doubts::{Held, Word};
-use crate::migration::error::MigrationError;
+use crate::migration::error::{MigrationError, chain};
 use crate::migration::handover::{
     Choice, Standing, Target, TargetEffect, TargetEvent, TargetRecord, TargetState, Verdict,
 };
@@ -40,7 +40,7 @@ pub(in crate::migration) struct Arriving<'a> {
     pub(in crate::migration) times: TargetTimes,
     /// When the last item of data came, for the report.
     pub(in crate::migration) last_item_at: Option<Instant>,
-    pub(in crate::migration) reason: Option<String>,
+    reason: Option<String>,
     verdict: Option<Verdict>,
     unwritten: Option<AppendError>,
     /// A record that something waits for could not be written.
@@ -212,10 +212,8 @@ impl<'a> Arriving<'a> {
     fn not_journaled(&mut self, step: TargetRecord, error: AppendError) -> TargetEvent {
         tracing::error!(vm = self.name, ?step, %error, "not journaled");
         if step == TargetRecord::Accepted {
-            let causes = std::error::Error::source(&error).map(ToString::to_string);
-            let cause = causes.unwrap_or_default();
-            self.reason =
-                Some(format!("its hand-over could not be written down: {error}: {cause}"));
+            let why = chain(&error);
+            self.reason = Some(format!("its hand-over could not be written down: {why}"));
         }
         let event = match error {
             AppendError::Unwritten(_) => TargetEvent::Unwritten,
@@ -459,7 +457,7 @@ async fn follow(site: &Site, history: &History, began: &Began, word: Word) {
         return;
     }
     let said = match (arriving.feed(TargetEvent::Resolve(choice)).await, choice) {
-        (Err(error), _) => Err(error.with_causes()),
+        (Err(error), _) => Err(chain(&error)),
         (Ok(()), Choice::Here) => Ok(format!("{vm} is this host's")),
         (Ok(()), Choice::There) => Ok(format!("{vm} is ended here")),
     };

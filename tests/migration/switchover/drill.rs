@@ -157,15 +157,14 @@ impl Drill {
             faults.iter().map(|fault| format!("{} at {}", fault.trouble, fault.point)).collect();
         let what = shown.join(" and ");
         eprintln!("{} -> {}: {what}", self.at.letter(), self.at.other().letter());
-        let (source, target) = (self.at, self.at.other());
+        let source = self.at;
         let log = self.new_log();
         self.stage.watch.wait_alive(source).unwrap();
         let mut outcome = Outcome { reached: vec![false; faults.len()], ..Outcome::default() };
         for fault in faults {
             self.stage.arm(self.side_of(fault.point), fault.point);
         }
-        let to = target.letter();
-        self.stage.pair.ask(source, &["migrate", VM, "--to", to, "--detach"]).unwrap();
+        self.stage.begin_from(source, "migrate");
         self.break_things(faults, &mut outcome);
         self.mend();
         self.until_settled(&mut outcome, &what);
