@@ -385,6 +385,7 @@ pub trait Host: Send + Sync {
     async fn settle(&self, vm: &VmSpec) -> Result<(), HypervisorError>;
     /// A VM that departed is one of this host's again; it does not run.
     async fn reclaim(&self, vm: &str) -> Result<(), HypervisorError>;
-    /// Stops the CPUs of a VM of this host's; returns once that is observed.
+    /// Stops the CPUs of a VM of this host's, or of one that has arrived and is not in the book yet;
+    /// returns once that is observed, or if it has no hypervisor process.
     async fn pause(&self, vm: &str) -> Result<(), HypervisorError>;
 }

@@ -389,7 +389,7 @@ impl<'a> Arrival<'a> {
         times.check_ms = ms(drained, checked);
         times.load_ms = ms(checked, Instant::now());
         self.settling.last_item_at = Some(last_item_at);
-        self.settling.feed(TargetEvent::Verified).await?;
+        self.settling.decide(TargetEvent::Verified).await?;
         if self.settling.machine.state() == TargetState::Settled {
             settle::after_switchover(self.site, &self.spec.name, self.peer).await;
         }

@@ -35,11 +35,25 @@ pub enum Bug {
     EndBeforeSettled,
     /// A target runs again what it has yielded.
     RunWhatWasYielded,
+    /// What can be read in a journal is acted upon, durable or not.
+    BelieveUnsynced,
+    /// A target that could not stop the guest which it yields tries again only after a restart.
+    YieldOnlyAtRestart,
+    /// It stops that guest only if it is in the book.
+    PauseOnlyBooked,
+    /// The operator leaves to the target what runs at the source again.
+    LeaveWhatRuns,
+    /// The operator is told that a word is not followed while the disk may hold it.
+    PromiseUnwritten,
+    /// A guest that was told to run and not seen to counts as one that has run.
+    UnseenIsRun,
+    /// A target with the token waits for data that cannot come any more.
+    HoldForEver,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 22] = [
         Self::TokenBeforeJournal,
         Self::SourceWithoutFsync,
         Self::TargetWithoutFsync,
@@ -55,5 +69,12 @@ impl Bug {
         Self::UnknownIsUnwritten,
         Self::EndBeforeSettled,
         Self::RunWhatWasYielded,
+        Self::BelieveUnsynced,
+        Self::YieldOnlyAtRestart,
+        Self::PauseOnlyBooked,
+        Self::LeaveWhatRuns,
+        Self::PromiseUnwritten,
+        Self::UnseenIsRun,
+        Self::HoldForEver,
     ];
 }

@@ -107,7 +107,7 @@ fn is_good(world: &World) -> bool {
             let may_start = [
                 world.source.book && world.source.ended,
                 world.target.book
-                    && world.target.durable == Some(TargetRecord::Settled)
+                    && world.target.read == Some(TargetRecord::Settled)
                     && world.target.machine.is_none(),
             ];
             world.past.crashed && may_start[0] != may_start[1]

@@ -1,19 +1,19 @@
-//! The world around the two machines: journals, hypervisors, a network, and the shell's rules.
+//! The world around the two machines: journals, hypervisors, a network, and what has happened.
 //!
-//! Invariant: the machines are the product's own; this file does with their effects what
-//! `migration::settle` does, one effect at a time, with every way in which each can go wrong.
+//! Invariant: what a crash loses is what is not durable, and nothing else; what is read is not
+//! always that.
 
 use longhaul::migration::handover::{
-    Conflict, Source, SourceEffect, SourceEvent, SourceRecord, SourceState, Standing, Target,
-    TargetEffect, TargetEvent, TargetRecord, TargetState, Verdict,
+    Source, SourceEffect, SourceRecord, SourceState, Standing, Target, TargetEffect, TargetRecord,
+    TargetState, Verdict,
 };
-
-use super::bugs::Bug;
 
 /// A message under way. The network keeps what it has delivered, so it duplicates, delays and
 /// reorders without end; what is dropped is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Message {
+    /// What the target has to load: the token may overtake it.
+    Data,
     Token,
     Abort,
     Ask(Standing),
@@ -22,16 +22,16 @@ pub enum Message {
 
 impl Message {
     pub const ALL: [Self; 7] = [
+        Self::Data,
         Self::Token,
         Self::Abort,
         Self::Ask(Standing::Waits),
         Self::Ask(Standing::TookBack),
         Self::Answer(Verdict::Runs),
         Self::Answer(Verdict::Refused),
-        Self::Answer(Verdict::Undecided),
     ];
 
-    fn bit(self) -> u8 {
+    pub fn bit(self) -> u8 {
         let nth = Self::ALL.iter().position(|&message| message == self);
         1 << nth.expect("all are listed")
     }
@@ -75,9 +75,10 @@ pub struct Side<M, E, R> {
     /// None if nobody works on the attempt: it is over, or has to be settled from the journal.
     pub machine: Option<M>,
     pub todo: Vec<E>,
+    /// The last step that is on the disk.
     pub durable: Option<R>,
-    /// What a journal without fsync would hold; only bugs use it.
-    pub cached: Option<R>,
+    /// The last step that a reader finds: after a failed fsync it can be another.
+    pub read: Option<R>,
     pub ended: bool,
     /// A note was lost: the attempt may not end in this life.
     pub unwritten: bool,
@@ -87,14 +88,14 @@ pub struct Side<M, E, R> {
     pub left: Budget,
 }
 
-impl<M, E, R> Side<M, E, R> {
+impl<M, E, R: Copy> Side<M, E, R> {
     fn new(machine: M, qemu: Qemu, book: bool, left: Budget) -> Self {
         Self {
             up: true,
             machine: Some(machine),
             todo: vec![],
             durable: None,
-            cached: None,
+            read: None,
             ended: false,
             unwritten: false,
             qemu,
@@ -105,18 +106,37 @@ impl<M, E, R> Side<M, E, R> {
 
     /// The agent crashes, or its host and the hypervisor with it; whether a guest died of that.
     fn crash(&mut self, host: bool) -> bool {
-        (self.up, self.machine, self.cached, self.unwritten) = (false, None, None, false);
+        (self.up, self.machine, self.unwritten) = (false, None, false);
         self.todo.clear();
-        if !host || self.qemu == Qemu::Ended {
+        if !host {
+            return false;
+        }
+        self.read = self.durable;
+        if self.qemu == Qemu::Ended {
             return false;
         }
         let was = std::mem::replace(&mut self.qemu, Qemu::Dead);
         matches!(was, Qemu::Running | Qemu::Stopped)
     }
 
-    /// A step behind the end opens the attempt again.
-    fn write(&mut self, record: R) {
-        (self.durable, self.ended) = (Some(record), false);
+    /// Writes a record, which turns out so; false if the writer is not told that it is durable. A
+    /// step behind the end opens the attempt again.
+    pub fn write(&mut self, record: R, turn: Turn) -> bool {
+        match turn {
+            Turn::Well | Turn::FailsLate => {
+                (self.durable, self.read) = (Some(record), Some(record))
+            }
+            Turn::FailsSeen => (self.durable, self.read) = (self.read, Some(record)),
+            Turn::FailsUnseen => self.durable = Some(record),
+            Turn::Fails => return false,
+        }
+        self.ended = false;
+        turn == Turn::Well
+    }
+
+    /// Makes durable what is read, before it is acted upon.
+    pub fn make_sure(&mut self) {
+        self.durable = self.read;
     }
 }
 
@@ -137,7 +157,14 @@ pub struct Past {
     pub ran_twice_in_time: bool,
     /// The operator took the guest back at the source.
     pub overridden: bool,
+    /// It was shouted.
     pub conflict: bool,
+    /// The operator was told that a word of theirs will not be followed.
+    pub word_refused: bool,
+    /// And it was.
+    pub refused_word_followed: bool,
+    /// An agent ended a guest that ran.
+    pub ended_running: bool,
     /// A hypervisor with the guest in it died, or the operator let one be ended.
     pub crashed: bool,
 }
@@ -159,10 +186,20 @@ pub struct World {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Turn {
     Well,
-    /// It fails; a record is not durable.
+    /// It fails; a record is not durable. A guest that was told to run: its hypervisor died of it.
     Fails,
-    /// A record is durable and its writer does not know; a guest ran and its hypervisor died.
+    /// A record is durable and its writer does not know; a guest runs and nobody has seen that.
     FailsLate,
+    /// A record is read and not durable; a guest stands still, and nobody has seen that.
+    FailsSeen,
+    /// A record is durable and not read.
+    FailsUnseen,
+}
+
+impl Turn {
+    /// How a write can fail.
+    pub const BAD_WRITES: [Self; 4] =
+        [Self::Fails, Self::FailsLate, Self::FailsSeen, Self::FailsUnseen];
 }
 
 impl World {
@@ -177,8 +214,11 @@ impl World {
         }
     }
 
+    /// That nothing is decided yet is not sent: its receiver does nothing upon it, as if it were lost.
     pub fn send(&mut self, message: Message) {
-        self.net |= message.bit();
+        if message != Message::Answer(Verdict::Undecided) {
+            self.net |= message.bit();
+        }
     }
 
     pub fn holds(&self, message: Message) -> bool {
@@ -195,330 +235,6 @@ impl World {
 
     pub fn target_state(&self) -> Option<TargetState> {
         self.target.machine.as_ref().map(Target::state)
-    }
-
-    /// Feeds the source; what follows is done before what is left to do.
-    pub fn feed_source(&mut self, event: SourceEvent, bug: Option<Bug>) {
-        let Some(machine) = &mut self.source.machine else { return };
-        let mut effects = machine.on(event);
-        if bug == Some(Bug::ResumeOnTimeout) && event == SourceEvent::Retry {
-            effects = vec![SourceEffect::Rollback];
-        }
-        if bug == Some(Bug::DestroyOnDelegation) && effects.contains(&SourceEffect::SendToken) {
-            effects.push(SourceEffect::Destroy);
-        }
-        effects.append(&mut self.source.todo);
-        self.source.todo = effects;
-        self.rest_source();
-    }
-
-    /// As `feed_source`, for the target.
-    pub fn feed_target(&mut self, event: TargetEvent, bug: Option<Bug>) {
-        let Some(machine) = &mut self.target.machine else { return };
-        let mut effects = machine.on(event);
-        if bug == Some(Bug::RevokeUnwritten) && event == TargetEvent::NeverRan {
-            *machine = Target::at(TargetState::Refused);
-            effects = vec![
-                TargetEffect::Answer(Verdict::Refused),
-                TargetEffect::Discard,
-                TargetEffect::End,
-            ];
-        }
-        effects.append(&mut self.target.todo);
-        self.target.todo = effects;
-        self.rest_target(bug);
-    }
-
-    /// The shell when nothing is left to do: it waits, or the attempt is over for this life.
-    fn rest_source(&mut self) {
-        if !self.source.todo.is_empty() {
-            return;
-        }
-        let waits = matches!(
-            self.source_state(),
-            Some(
-                SourceState::Ours
-                    | SourceState::Delegated
-                    | SourceState::Returned
-                    | SourceState::Left
-            )
-        );
-        if self.source.unwritten || !waits {
-            self.source.machine = None;
-            self.source.unwritten = false;
-        }
-    }
-
-    fn rest_target(&mut self, bug: Option<Bug>) {
-        if !self.target.todo.is_empty() {
-            return;
-        }
-        let works =
-            matches!(self.target_state(), Some(TargetState::Receiving | TargetState::Holding))
-                && self.fresh
-                || self.target_state() == Some(TargetState::Revoking);
-        if works {
-            return;
-        }
-        match (self.target.machine.is_some(), self.asked.take()) {
-            (true, Some(standing)) => self.feed_target(TargetEvent::Asked(standing), bug),
-            _ => {
-                self.target.machine = None;
-                self.target.unwritten = false;
-                self.fresh = false;
-            }
-        }
-    }
-
-    /// Carries out the source's next effect.
-    pub fn step_source(&mut self, turn: Turn, bug: Option<Bug>) {
-        let effect = self.source.todo.remove(0);
-        let side = &mut self.source;
-        let mut event = None;
-        match effect {
-            SourceEffect::Journal(record) => {
-                if bug == Some(Bug::TokenBeforeJournal) && record == SourceRecord::Delegated {
-                    self.net |= Message::Token.bit();
-                }
-                match turn {
-                    Turn::Well if bug == Some(Bug::SourceWithoutFsync) => {
-                        side.cached = Some(record);
-                    }
-                    Turn::Well | Turn::FailsLate => side.write(record),
-                    Turn::Fails => {}
-                }
-                self.past.delegated |= side.durable == Some(SourceRecord::Delegated);
-                event = Some(match turn {
-                    Turn::Well => SourceEvent::Journaled,
-                    Turn::Fails | Turn::FailsLate => SourceEvent::JournalFailed,
-                });
-            }
-            SourceEffect::Note(record) => match turn {
-                Turn::Well => side.write(record),
-                _ => side.unwritten = true,
-            },
-            SourceEffect::SendToken => {
-                self.past.token_sent_undelegated |=
-                    side.durable.or(side.cached) != Some(SourceRecord::Delegated);
-                self.send(Message::Token);
-            }
-            SourceEffect::SendAbort => self.send(Message::Abort),
-            SourceEffect::Ask(standing) => self.send(Message::Ask(standing)),
-            SourceEffect::Confirm => {
-                let heard = turn != Turn::Fails && self.confirm(bug);
-                if turn != Turn::Well || !heard {
-                    self.source.todo.clear();
-                    self.source.unwritten = true;
-                }
-            }
-            SourceEffect::Rollback | SourceEffect::Destroy if turn != Turn::Well => {
-                side.todo.clear();
-                side.unwritten = true;
-            }
-            SourceEffect::Rollback => {
-                if side.qemu == Qemu::Stopped {
-                    side.qemu = Qemu::Running;
-                    self.past.resumed |= self.past.delegated;
-                    self.past.ran_twice_in_time |= self.past.target_ran && !self.past.overridden;
-                }
-            }
-            SourceEffect::Destroy => {
-                if side.qemu != Qemu::Dead {
-                    side.qemu = Qemu::Ended;
-                }
-                side.book = false;
-            }
-            SourceEffect::Reclaim => side.book = true,
-            SourceEffect::Shout(conflict) => {
-                self.past.conflict = true;
-                // The operator had ended it: that is a crash that was asked for.
-                self.past.crashed |= conflict == Conflict::RunsNowhere;
-            }
-            SourceEffect::TooLate | SourceEffect::NotResolved => {}
-            SourceEffect::End => {
-                if turn == Turn::Well && !side.unwritten {
-                    side.ended = true;
-                } else {
-                    side.unwritten = true;
-                }
-            }
-        }
-        match event {
-            Some(event) => self.feed_source(event, bug),
-            None => self.rest_source(),
-        }
-    }
-
-    /// The source's last word, which is answered at once or not at all.
-    fn confirm(&mut self, bug: Option<Bug>) -> bool {
-        let ends_early = bug == Some(Bug::EndBeforeSettled)
-            && matches!(self.target.durable, Some(TargetRecord::Accepted | TargetRecord::Started));
-        if !self.target.up || self.target.machine.is_some() && !ends_early {
-            return false;
-        }
-        if self.target.durable == Some(TargetRecord::Settled) || ends_early {
-            self.target.ended = true;
-        }
-        self.target.ended
-    }
-
-    /// Carries out the target's next effect.
-    pub fn step_target(&mut self, turn: Turn, bug: Option<Bug>) {
-        let effect = self.target.todo.remove(0);
-        let fresh = self.fresh;
-        let side = &mut self.target;
-        let mut event = None;
-        match effect {
-            TargetEffect::Journal(record) => {
-                if bug == Some(Bug::RunBeforeJournal)
-                    && record == TargetRecord::Accepted
-                    && side.qemu == Qemu::Loaded
-                {
-                    side.qemu = Qemu::Running;
-                    self.past.target_ran = true;
-                }
-                match turn {
-                    Turn::Well if bug == Some(Bug::TargetWithoutFsync) => {
-                        side.cached = Some(record);
-                    }
-                    Turn::Well | Turn::FailsLate => side.write(record),
-                    Turn::Fails => {}
-                }
-                event = Some(match turn {
-                    Turn::Well => TargetEvent::Journaled,
-                    Turn::Fails => TargetEvent::Unwritten,
-                    Turn::FailsLate if bug == Some(Bug::UnknownIsUnwritten) => {
-                        TargetEvent::Unwritten
-                    }
-                    Turn::FailsLate => TargetEvent::JournalFailed,
-                });
-            }
-            TargetEffect::Note(record) => match turn {
-                Turn::Well => side.write(record),
-                _ => side.unwritten = true,
-            },
-            TargetEffect::Run => {
-                let loaded = matches!(side.qemu, Qemu::Loaded | Qemu::Stopped | Qemu::Running);
-                event = Some(match (loaded, turn) {
-                    (true, Turn::Well) => {
-                        side.qemu = Qemu::Running;
-                        TargetEvent::Ran
-                    }
-                    // It was told, and died: with the guest in it, as far as anybody knows.
-                    (true, _) => {
-                        side.qemu = Qemu::Dead;
-                        self.past.crashed = true;
-                        TargetEvent::MayHaveRun
-                    }
-                    (false, _) if fresh => TargetEvent::NeverRan,
-                    (false, _) => {
-                        self.past.crashed = true;
-                        TargetEvent::MayHaveRun
-                    }
-                });
-                if loaded {
-                    self.past.target_ran = true;
-                    let accepted = Some(TargetRecord::Accepted);
-                    self.past.ran_unaccepted |= side.durable != accepted && side.cached != accepted;
-                    self.past.ran_twice_in_time |= self.past.resumed && !self.past.overridden;
-                }
-            }
-            TargetEffect::Settle | TargetEffect::Discard if turn != Turn::Well => {
-                side.todo.clear();
-                side.unwritten = true;
-            }
-            TargetEffect::Settle => side.book = true,
-            TargetEffect::Discard => {
-                if side.qemu != Qemu::Dead {
-                    side.qemu = Qemu::Ended;
-                }
-            }
-            TargetEffect::Pause => {
-                if side.qemu == Qemu::Running {
-                    side.qemu = Qemu::Stopped;
-                }
-            }
-            TargetEffect::Remove => {
-                side.qemu = Qemu::Ended;
-                side.book = false;
-            }
-            TargetEffect::Answer(verdict) => self.send(Message::Answer(verdict)),
-            TargetEffect::Shout(_) => self.past.conflict = true,
-            TargetEffect::End => {
-                if turn == Turn::Well && !side.unwritten {
-                    side.ended = true;
-                } else {
-                    side.unwritten = true;
-                }
-            }
-        }
-        match event {
-            Some(event) => self.feed_target(event, bug),
-            None => self.rest_target(bug),
-        }
-    }
-
-    /// Whether a restart of the source, or its shell after a failure, has something left to do.
-    pub fn source_unsettled(&self) -> bool {
-        self.source.up && self.source.machine.is_none() && !self.source.ended
-    }
-
-    /// Whether the target has to act before it may answer.
-    pub fn target_unsettled(&self) -> bool {
-        let tells_only =
-            matches!(self.target.durable, Some(TargetRecord::Settled | TargetRecord::Yielded));
-        self.target.up && self.target.machine.is_none() && !self.target.ended && !tells_only
-    }
-
-    pub fn settle_source(&mut self, bug: Option<Bug>) {
-        let last = match bug {
-            Some(Bug::ForgetDelegation) => None,
-            _ => self.source.durable,
-        };
-        self.source.machine = Some(Source::recover(last));
-        self.feed_source(SourceEvent::Restarted, bug);
-    }
-
-    /// Makes the target's machine from its journal.
-    pub fn recover_target(&mut self, bug: Option<Bug>) {
-        let last = match (bug, self.target.durable) {
-            (Some(Bug::ForgetAcceptance), Some(TargetRecord::Accepted)) => None,
-            (Some(Bug::RunWhatWasYielded), Some(TargetRecord::Yielded)) => {
-                Some(TargetRecord::Accepted)
-            }
-            (_, durable) => durable,
-        };
-        self.target.machine = Some(Target::recover(last));
-        self.fresh = false;
-    }
-
-    pub fn settle_target(&mut self, bug: Option<Bug>) {
-        self.recover_target(bug);
-        self.feed_target(TargetEvent::Restarted, bug);
-    }
-
-    /// A question arrives at the target.
-    pub fn ask_target(&mut self, standing: Standing, bug: Option<Bug>) {
-        let standing = match bug {
-            Some(Bug::IgnoreTookBack) => Standing::Waits,
-            _ => standing,
-        };
-        if self.target.machine.is_some() || self.target_unsettled() {
-            let verdict = match bug {
-                Some(Bug::RefuseWhileHolding) => Verdict::Refused,
-                _ => Verdict::Undecided,
-            };
-            self.send(Message::Answer(verdict));
-            return;
-        }
-        self.recover_target(bug);
-        self.asked = Some(standing);
-        let unknown = self.target_state() == Some(TargetState::Receiving);
-        if unknown || bug == Some(Bug::RunWhatWasYielded) {
-            self.feed_target(TargetEvent::Restarted, bug);
-        } else {
-            self.rest_target(bug);
-        }
     }
 
     pub fn crash_source(&mut self, host: bool) {

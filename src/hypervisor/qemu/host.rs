@@ -102,6 +102,24 @@ impl QemuHost {
             .collect())
     }
 
+    /// The QEMU of a VM that has arrived, or is arriving, and is not in the book; `None` if its
+    /// process has ended.
+    async fn arrived_handle(&self, vm: &str) -> Result<Option<QemuHandle>, HypervisorError> {
+        let mut arriving = self.arriving.lock().await;
+        if let Some(handle) = arriving.get(vm)
+            && handle.is_alive()
+            && !handle.qmp.is_closed()
+        {
+            return Ok(Some(handle.clone()));
+        }
+        arriving.remove(vm);
+        let mut running = running_vms(&self.policy.run_dir).into_iter();
+        let Some(running) = running.find(|run| run.record.spec.name == vm) else { return Ok(None) };
+        let handle = running.attach().await?;
+        arriving.insert(vm.to_owned(), handle.clone());
+        Ok(Some(handle))
+    }
+
     /// Whether an image that is there may be written to for this VM.
     fn is_ours(&self, vm: &str, image: &Path) -> bool {
         let marked = std::fs::read_to_string(beside(image, INCOMING_SUFFIX));
@@ -225,14 +243,8 @@ impl Host for QemuHost {
         if self.book.get(vm).is_some() {
             return Ok(None);
         }
-        match running_vms(&self.policy.run_dir).into_iter().find(|run| run.record.spec.name == vm) {
-            None => Ok(None),
-            Some(running) => {
-                let handle = running.attach().await?;
-                self.arriving.lock().await.insert(vm.to_owned(), handle.clone());
-                Ok(Some(Arc::new(QemuTarget::new(handle))))
-            }
-        }
+        let handle = self.arrived_handle(vm).await?;
+        Ok(handle.map(|handle| Arc::new(QemuTarget::new(handle)) as Arc<dyn TargetVm>))
     }
 
     async fn settle(&self, vm: &VmSpec) -> Result<(), HypervisorError> {
@@ -258,7 +270,12 @@ impl Host for QemuHost {
     }
 
     async fn pause(&self, vm: &str) -> Result<(), HypervisorError> {
-        let handle = self.book.handle(vm).await?;
+        let handle = match self.book.get(vm) {
+            Some(_) if !self.book.runs(vm) => None,
+            Some(_) => Some(self.book.handle(vm).await?),
+            None => self.arrived_handle(vm).await?,
+        };
+        let Some(handle) = handle else { return Ok(()) };
         handle.qmp.execute("stop", json!({})).await?;
         match handle.run_state().await? {
             RunState::Running => Err(HypervisorError::Unexpected {

@@ -30,6 +30,8 @@ pub enum SourceState {
     GivingUp,
     /// That word is durable, and was perhaps not carried out.
     GaveUp,
+    /// A word that may be durable, and was not followed, is being written over.
+    Withdrawing,
     /// It was carried out. The target still has to be asked.
     Left,
 }
@@ -43,6 +45,8 @@ pub enum SourceEvent {
     Abort,
     /// The last `Journal` effect is durable.
     Journaled,
+    /// The last `Journal` effect failed, and its record is not durable and never will be.
+    Unwritten,
     /// The last `Journal` effect failed; whether its record is durable is not known.
     JournalFailed,
     /// What the target says.
@@ -80,7 +84,7 @@ pub enum SourceEffect {
     Shout(Conflict),
     /// Say that it is too late to abort: the target decides.
     TooLate,
-    /// Say that the operator's word could not be written down, and was not followed.
+    /// Say that the operator's word could not be written down, was not followed and never will be.
     NotResolved,
     /// The attempt is over: note it, once all that was done before is durable.
     End,
@@ -158,7 +162,7 @@ impl Source {
             (Is::Delegating, On::Journaled) => (Is::Delegated, vec![Do::SendToken]),
             // Even if the record did reach the disk: the token was never sent, so a restart that
             // reads it will ask, and the target can only refuse.
-            (Is::Delegating, On::JournalFailed) => {
+            (Is::Delegating, On::Unwritten | On::JournalFailed) => {
                 (Is::Kept, vec![Do::Rollback, Do::SendAbort, Do::End])
             }
 
@@ -171,7 +175,9 @@ impl Source {
             (Is::Delegated, On::Restarted | On::Retry) => {
                 (Is::Delegated, vec![Do::Ask(Standing::Waits)])
             }
-            (Is::Delegating | Is::Delegated, On::Abort) => (self.state, vec![Do::TooLate]),
+            (Is::Delegating | Is::Delegated | Is::Withdrawing, On::Abort) => {
+                (self.state, vec![Do::TooLate])
+            }
             (Is::Delegated, On::Resolve(Choice::Here)) => {
                 (Is::TakingBack, vec![Do::Journal(Record::TookBack)])
             }
@@ -208,10 +214,15 @@ impl Source {
                 (Is::Kept, vec![Do::Reclaim, Do::Shout(Conflict::RunsNowhere), Do::End])
             }
 
-            // What may stand in the journal is written over, lest a restart follows it.
-            (Is::TakingBack | Is::GivingUp, On::JournalFailed) => {
-                (Is::Delegated, vec![Do::Note(Record::Delegated), Do::NotResolved])
+            (Is::TakingBack | Is::GivingUp, On::Unwritten) => {
+                (Is::Delegated, vec![Do::NotResolved])
             }
+            // What may stand in the journal is written over, lest a restart follows it. Until it is,
+            // nobody can be told that it will not be.
+            (Is::TakingBack | Is::GivingUp, On::JournalFailed) | (Is::Withdrawing, On::Retry) => {
+                (Is::Withdrawing, vec![Do::Journal(Record::Delegated)])
+            }
+            (Is::Withdrawing, On::Journaled) => (Is::Delegated, vec![Do::NotResolved]),
             (state, _) => (state, vec![]),
         };
         self.state = next;

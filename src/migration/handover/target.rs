@@ -205,7 +205,7 @@ impl Target {
             (Is::Revoking, On::Retry) => (Is::Revoking, vec![Do::Journal(Record::Refused)]),
             (Is::Refused, On::Restarted) => (Is::Refused, vec![Do::Discard, Do::End]),
 
-            (Is::GivingWay, On::Journaled) | (Is::Yielding, On::Restarted) => {
+            (Is::GivingWay, On::Journaled) | (Is::Yielding, On::Restarted | On::Asked(_)) => {
                 (Is::Yielding, vec![Do::Pause, Do::Journal(Record::Yielded)])
             }
             // It runs at the source by now: it has to stand still here, written down or not.

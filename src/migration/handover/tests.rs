@@ -4,7 +4,7 @@
 
 use super::*;
 
-const SOURCE_STATES: [SourceState; 11] = [
+const SOURCE_STATES: [SourceState; 12] = [
     SourceState::Ours,
     SourceState::Delegating,
     SourceState::Delegated,
@@ -16,11 +16,13 @@ const SOURCE_STATES: [SourceState; 11] = [
     SourceState::GivingUp,
     SourceState::GaveUp,
     SourceState::Left,
+    SourceState::Withdrawing,
 ];
-const SOURCE_EVENTS: [SourceEvent; 11] = [
+const SOURCE_EVENTS: [SourceEvent; 12] = [
     SourceEvent::Parked,
     SourceEvent::Abort,
     SourceEvent::Journaled,
+    SourceEvent::Unwritten,
     SourceEvent::JournalFailed,
     SourceEvent::Peer(Verdict::Runs),
     SourceEvent::Peer(Verdict::Refused),

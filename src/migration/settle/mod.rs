@@ -17,6 +17,7 @@ use super::doubts::Doubt;
 use super::error::{MigrationError, chain};
 use super::job::{Dial, Site};
 use super::journal::{Began, History, Role};
+use super::message::JobId;
 
 /// First wait between two questions to a peer that does not answer, or two tries to write a journal;
 /// it doubles up to the other.
@@ -56,7 +57,7 @@ pub fn recover<D: Dial + 'static>(
         let mut patience = Patience::new();
         loop {
             // Read anew each time: it may say more by now.
-            let settled = match site.journals.read(job) {
+            let settled = match site.journals.sure(job) {
                 Ok(Some(now)) if !now.ended() => match began.role {
                     Role::Source => source::recover(&site, &now, &began, &dial, &mut held).await,
                     Role::Target => {
@@ -64,10 +65,7 @@ pub fn recover<D: Dial + 'static>(
                     }
                 },
                 Ok(_) => return,
-                Err(source) => Err(MigrationError::Io {
-                    doing: format!("reading the journal of {job}"),
-                    source,
-                }),
+                Err(error) => Err(unsure(job)(error)),
             };
             match settled {
                 Ok(said) => {
@@ -83,6 +81,12 @@ pub fn recover<D: Dial + 'static>(
             patience.wait().await;
         }
     }
+}
+
+/// Why nothing is done because of a journal.
+fn unsure(job: JobId) -> impl FnOnce(std::io::Error) -> MigrationError {
+    let doing = format!("making sure of what the journal of {job} says");
+    move |source| MigrationError::Io { doing, source }
 }
 
 fn doubt(history: &History, began: &Began) -> Doubt {

@@ -4,6 +4,7 @@
 //! target's journal answers, in this life of the agent or a later one, and the guest stands still.
 
 mod question;
+mod word;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,10 +12,10 @@ use std::time::Instant;
 
 use super::Patience;
 use crate::hypervisor::SourceVm;
-use crate::migration::doubts::{Doubt, Held, Word};
+use crate::migration::doubts::{Doubt, Held};
 use crate::migration::error::{MigrationError, chain};
 use crate::migration::handover::{
-    Choice, Conflict, Source, SourceEffect, SourceEvent, SourceRecord, SourceState, Verdict,
+    Conflict, Source, SourceEffect, SourceEvent, SourceRecord, SourceState, Verdict,
 };
 use crate::migration::job::{Dial, Site};
 use crate::migration::journal::{AppendError, Began, History, Record, Role};
@@ -222,7 +223,8 @@ impl<'a> Leaving<'a> {
             blocks: true,
             detail: String::new(),
         });
-        self.ask_until(&mut held, |state| state != SourceState::Delegated, unattended).await
+        let decided = |state| !matches!(state, SourceState::Delegated | SourceState::Withdrawing);
+        self.ask_until(&mut held, decided, unattended).await
     }
 
     /// Asks the target, and listens to the operator, until the state is such.
@@ -235,7 +237,7 @@ impl<'a> Leaving<'a> {
         let mut unattended = std::pin::pin!(unattended);
         let mut patience = None;
         loop {
-            let (blocks, detail) = self.what_is_known();
+            let (blocks, detail) = self.what_is_known().await;
             held.say(blocks, detail);
             // Only what can be dropped half-way is waited for together with something else.
             let asking = async {
@@ -249,6 +251,8 @@ impl<'a> Leaving<'a> {
                     patience.get_or_insert_with(Patience::new);
                     if let Some(event) = event {
                         self.feed(event).await?;
+                    } else if self.machine.state() == SourceState::Withdrawing {
+                        self.feed(SourceEvent::Retry).await?;
                     }
                 }
                 word = held.word() => self.follow(word).await?,
@@ -260,49 +264,15 @@ impl<'a> Leaving<'a> {
         }
     }
 
-    /// Asks the target once more, if the machine wants that; what it says, if it is reached.
+    /// Asks the target once more, if there is something to ask; what it says, if it is reached.
     async fn ask_again(&mut self) -> Option<SourceEvent> {
+        if self.machine.state() == SourceState::Withdrawing {
+            return None;
+        }
         match self.machine.on(SourceEvent::Retry)[..] {
             [SourceEffect::Ask(standing)] => self.ask(standing).await,
             _ => None,
         }
-    }
-
-    /// Does as the operator says, unless the target answers after all.
-    async fn follow(&mut self, word: Word) -> Result<(), MigrationError> {
-        let Word { choice, answer } = word;
-        let asked = match self.ask_again().await {
-            Some(event) => self.feed(event).await,
-            None => Ok(()),
-        };
-        if self.machine.state() != SourceState::Delegated {
-            let said = format!("{} has answered, nothing was overruled: ", self.peer);
-            let _ = answer.send(Ok(said + &self.said()));
-            return asked;
-        }
-        if choice == Choice::Here && !self.site.host.knows(self.name) {
-            let why = format!("{} was let go here: {} has said that it runs", self.name, self.peer);
-            let _ = answer.send(Err(why));
-            return Ok(());
-        }
-        if choice == Choice::Here
-            && let Err(why) = self.site.hooks.fence(self.name, self.peer).await
-        {
-            let why = format!("the fence hook failed, {} stays as it is: {why}", self.name);
-            let _ = answer.send(Err(why));
-            return Ok(());
-        }
-        let followed = self.feed(SourceEvent::Resolve(choice)).await;
-        let said = match &followed {
-            _ if std::mem::take(&mut self.state.not_resolved) => Err(format!(
-                "the word could not be written down, so it was not followed: {} stays as it is",
-                self.name
-            )),
-            Ok(()) => Ok(self.said()),
-            Err(error) => Err(format!("{}; but: {}", self.said(), chain(&error))),
-        };
-        let _ = answer.send(said);
-        followed
     }
 
     /// Takes an event and carries out all that follows from it. A record that nothing waited for and
@@ -335,10 +305,14 @@ impl<'a> Leaving<'a> {
                     Ok(()) => SourceEvent::Journaled,
                     Err(error) => {
                         tracing::error!(vm = self.name, ?step, %error, "not journaled");
+                        let event = match error {
+                            AppendError::Unwritten(_) => SourceEvent::Unwritten,
+                            AppendError::Unknown(_) => SourceEvent::JournalFailed,
+                        };
                         if step == SourceRecord::Delegated {
                             self.state.not_delegated = Some(error);
                         }
-                        SourceEvent::JournalFailed
+                        event
                     }
                 }));
             }
@@ -419,9 +393,17 @@ impl<'a> Leaving<'a> {
     }
 
     /// Whether the VM is held up, and what is known, in a sentence.
-    fn what_is_known(&self) -> (bool, String) {
+    async fn what_is_known(&self) -> (bool, String) {
         let (name, peer) = (self.name, self.peer);
         match self.machine.state() {
+            SourceState::Withdrawing => (true, self.said()),
+            SourceState::Delegated if self.is_running().await => (
+                true,
+                format!(
+                    "{name} runs here: it was given back (or resumed by hand), and that {peer} has \
+                     refused it is not written down; {peer} is asked once more"
+                ),
+            ),
             SourceState::Returned => {
                 (false, format!("its operator took {name} back; {peer} has not heard of it yet"))
             }
@@ -456,6 +438,11 @@ impl<'a> Leaving<'a> {
             (SourceState::Gone, _) => format!("{name} runs at {peer}"),
             (SourceState::Returned, _) => format!("{name} is this host's, by its operator's word"),
             (SourceState::Left, _) => format!("{name} was left to {peer}, by its operator's word"),
+            (SourceState::Withdrawing, _) => format!(
+                "an operator's word for {name} was not followed, and the disk does not say whether \
+                 it holds it: it is being written over, and until that is done a restart of this \
+                 agent may follow it; mend the disk"
+            ),
             (_, _) => format!("{name} is paused here until {peer} has decided"),
         }
     }
@@ -474,7 +461,7 @@ pub(super) async fn recover(
     let mut leaving = Leaving::new(site, dial, history.job, names, began.was_running, machine);
     let (blocks, detail) = match history.source_step() {
         None => (true, format!("the move of {} was interrupted: it is given back", began.vm)),
-        Some(_) => leaving.what_is_known(),
+        Some(_) => leaving.what_is_known().await,
     };
     held.say(blocks, detail);
     leaving.feed(SourceEvent::Restarted).await?;

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use longhaul_transport::ControlSender;
 
-use super::Patience;
+use super::{Patience, unsure};
 use crate::hypervisor::{NotRunning, TargetVm, VmSpec};
 use crate::migration::attempts::{Attempts, Entered};
 use crate::migration::doubts::{Held, Word};
@@ -111,13 +111,11 @@ impl<'a> Arriving<'a> {
         }
     }
 
-    /// Decides against the attempt, and stays until that is known to be durable.
-    pub(in crate::migration) async fn refuse(
+    /// Takes an event upon which this side decides, and stays until the decision is durable.
+    pub(in crate::migration) async fn decide(
         &mut self,
         event: TargetEvent,
-        reason: String,
     ) -> Result<(), MigrationError> {
-        self.reason = Some(reason);
         self.feed(event).await?;
         let mut patience = Patience::new();
         while self.machine.state() == TargetState::Revoking {
@@ -125,6 +123,16 @@ impl<'a> Arriving<'a> {
             self.feed(TargetEvent::Retry).await?;
         }
         Ok(())
+    }
+
+    /// Decides against the attempt, unless it is decided.
+    pub(in crate::migration) async fn refuse(
+        &mut self,
+        event: TargetEvent,
+        reason: String,
+    ) -> Result<(), MigrationError> {
+        self.reason = Some(reason);
+        self.decide(event).await
     }
 
     async fn carry_out(
@@ -172,10 +180,13 @@ impl<'a> Arriving<'a> {
             TargetEffect::Pause => self.pause().await?,
             TargetEffect::Remove => {
                 if self.is_newest()? {
-                    if self.site.host.runs(&self.name).await {
-                        self.site.host.source(&self.name).await?.destroy().await?;
+                    let host = &self.site.host;
+                    if host.runs(&self.name).await {
+                        host.source(&self.name).await?.destroy().await?;
+                    } else if let Some(vm) = host.prepared(&self.name).await? {
+                        vm.destroy().await?;
                     }
-                    self.site.host.departed(&self.name).await?;
+                    host.departed(&self.name).await?;
                 }
             }
             TargetEffect::Answer(verdict) => {
@@ -233,21 +244,21 @@ impl<'a> Arriving<'a> {
             if !self.run {
                 return Ok(TargetEvent::Ran);
             }
-            return Ok(match vm.run().await {
-                Ok(()) => TargetEvent::Ran,
+            match vm.run().await {
+                Ok(()) => return Ok(TargetEvent::Ran),
                 Err(NotRunning::NeverDid(error)) => {
                     self.reason = Some(format!("it could not be started: {error}"));
-                    TargetEvent::NeverRan
+                    return Ok(TargetEvent::NeverRan);
                 }
+                // It was told. If it lives, it only has to be told again: looked at like that of an
+                // earlier life.
                 Err(NotRunning::MayHave(error)) => {
-                    tracing::error!(vm = self.name, %error, "owned, but not seen to run");
-                    self.reason =
-                        Some(format!("it is owned there but was not seen to run: {error}"));
-                    TargetEvent::MayHaveRun
+                    tracing::error!(vm = self.name, %error, "owned, and not seen to run");
+                    self.vm = None;
                 }
-            });
+            }
         }
-        // A later life: whether it ran before is not known, unless it is in the book already.
+        // Whether it ran before is not known, unless it is in the book already.
         if self.site.host.runs(&self.name).await {
             return Ok(TargetEvent::Ran);
         }
@@ -278,7 +289,7 @@ impl<'a> Arriving<'a> {
 
     /// Stops the guest, if this attempt is still why it is here.
     async fn pause(&self) -> Result<(), MigrationError> {
-        if self.is_newest()? && self.site.host.runs(&self.name).await {
+        if self.is_newest()? {
             self.site.host.pause(&self.name).await?;
         }
         Ok(())
@@ -334,7 +345,7 @@ pub(in crate::migration) async fn verdict(
         return Ok(ToSource::Verdict { job, verdict, reason, times });
     }
     let _turn = site.turn.lock().await;
-    let history = site.journals.read(job).map_err(reading(job))?;
+    let history = site.journals.sure(job).map_err(unsure(job))?;
     let began = history.as_ref().and_then(History::began).cloned();
     let mut arriving = match (&history, &began) {
         (Some(history), Some(began)) => Arriving::recovered(site, history, began),
@@ -372,7 +383,7 @@ pub(in crate::migration) async fn confirmed(
     peer: &str,
 ) -> Result<bool, MigrationError> {
     let _turn = site.turn.lock().await;
-    let Some(history) = site.journals.read(job).map_err(reading(job))? else { return Ok(true) };
+    let Some(history) = site.journals.sure(job).map_err(unsure(job))? else { return Ok(true) };
     let Some(began) = history.began().cloned() else { return Ok(true) };
     if began.peer != peer || began.role != Role::Target {
         return Err(MigrationError::protocol(peer, "it confirms another's attempt"));
@@ -380,12 +391,8 @@ pub(in crate::migration) async fn confirmed(
     if !history.ended() {
         Arriving::recovered(site, &history, &began).feed(TargetEvent::Confirmed).await?;
     }
-    let now = site.journals.read(job).map_err(reading(job))?;
+    let now = site.journals.sure(job).map_err(unsure(job))?;
     Ok(now.is_none_or(|now| now.ended()))
-}
-
-fn reading(job: JobId) -> impl FnOnce(std::io::Error) -> MigrationError {
-    move |source| MigrationError::Io { doing: format!("reading the journal of {job}"), source }
 }
 
 /// Settles an attempt from what its journal says. Returns what holds now.
@@ -396,22 +403,8 @@ pub(super) async fn recover(
     held: &mut Held,
     entered: &mut Option<Entered>,
 ) -> Result<String, MigrationError> {
-    let fresh = history.target_step();
-    let said = {
-        let _turn = site.turn.lock().await;
-        let mut arriving = Arriving::recovered(site, history, began);
-        if fresh.is_none() {
-            arriving.reason =
-                Some("the target's agent was restarted before it had everything".into());
-        }
-        arriving.feed(TargetEvent::Restarted).await?;
-        if arriving.machine.state() == TargetState::Yielding
-            && let Some(source) = arriving.not_journaled.take()
-        {
-            return Err(MigrationError::Journal { vm: began.vm.clone(), source });
-        }
-        arriving.said()
-    };
+    let (job, fresh) = (history.job, history.target_step());
+    let said = carry_on(site, history, began).await?;
     // It only has to be told from here on: the next attempt with this VM may begin.
     *entered = None;
     // Whether the earlier life ran it is not known.
@@ -419,19 +412,36 @@ pub(super) async fn recover(
         after_switchover(site, &began.vm, &began.peer).await;
     }
     loop {
-        let now = site.journals.read(history.job).map_err(reading(history.job))?;
+        let now = site.journals.sure(job).map_err(unsure(job))?;
         let Some(now) = now.filter(|now| !now.ended()) else { return Ok(said) };
-        let step = now.target_step();
-        let detail = match step {
-            Some(TargetRecord::Yielded) => Arriving::recovered(site, &now, began).said(),
-            _ => format!("{said}; {} has not confirmed yet that it knows", began.peer),
-        };
         // One that stands still here is not started by hand: it is the source's.
-        held.say(step == Some(TargetRecord::Yielded), detail);
+        let (blocks, detail) = match now.target_step() {
+            // A question has begun that, and could not finish it.
+            Some(TargetRecord::Yielding) => (true, carry_on(site, &now, began).await?),
+            Some(TargetRecord::Yielded) => (true, Arriving::recovered(site, &now, began).said()),
+            _ => (false, format!("{said}; {} has not confirmed yet that it knows", began.peer)),
+        };
+        held.say(blocks, detail);
         if let Some(word) = held.word_or_change().await {
             follow(site, &now, began, word).await;
         }
     }
+}
+
+/// Carries on from what the journal says, until that is done and durable. Returns what holds then.
+async fn carry_on(site: &Site, history: &History, began: &Began) -> Result<String, MigrationError> {
+    let _turn = site.turn.lock().await;
+    let mut arriving = Arriving::recovered(site, history, began);
+    if history.target_step().is_none() {
+        arriving.reason = Some("the target's agent was restarted before it had everything".into());
+    }
+    arriving.feed(TargetEvent::Restarted).await?;
+    if arriving.machine.state() == TargetState::Yielding
+        && let Some(source) = arriving.not_journaled.take()
+    {
+        return Err(MigrationError::Journal { vm: began.vm.clone(), source });
+    }
+    Ok(arriving.said())
 }
 
 /// Does as the operator says.

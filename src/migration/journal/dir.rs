@@ -1,121 +1,33 @@
-//! The journal: what this side durably knows of one migration attempt.
+//! The folder of journals: one file for each attempt, written so that a crash forgets nothing.
 //!
-//! Invariant: `append` returns without an error only when the record, and the file's name, are on the
-//! disk; what is read back is a prefix of what was appended. One file per attempt, one record per
-//! line: 16 hex digits (the first 8 bytes of the BLAKE3 of the JSON) `' '` JSON `'\n'`. A torn or
-//! damaged tail is recognised by its hash and cut; nothing behind it is believed. The first record
-//! names the format; a file of a newer one is an error and is left alone.
+//! Invariant: `append` returns without an error only when the record, all before it and the file's
+//! name are on the disk; what is read back is a prefix of what was appended. One record per line: 16
+//! hex digits (the first 8 bytes of the BLAKE3 of the JSON) `' '` JSON `'\n'`. A torn or damaged tail
+//! is recognised by its hash and cut; nothing behind it is believed. The first record names the
+//! format; a file of a newer one is an error and is left alone.
+//!
+//! What can be read is not always durable: a failed fsync leaves it in the kernel's cache, and marks
+//! it there as written, so that a second fsync does nothing. Until this life of the agent has seen a
+//! journal written whole it is therefore written over with its own bytes before anybody acts upon it.
 //!
 //! Room for every later record is reserved when a journal begins: a disk that is full then begins no
 //! attempt, and one that fills up later stops none.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-use super::handover::{SourceRecord, TargetRecord};
-use super::message::JobId;
-use crate::hypervisor::VmSpec;
+use super::{FORMAT, History, Record, Role};
+use crate::migration::message::JobId;
 
 /// No journal of one attempt is larger; a larger file is not ours.
 const MAX_JOURNAL_BYTES: u64 = 1 << 20;
-/// What this program writes; it reads no newer one.
-const FORMAT: u32 = 1;
 /// More than all steps of one attempt take, each with a reason of some sentences.
 const RESERVED_BYTES: u64 = 16 << 10;
-/// Longest reason that is written down.
-const REASON_CHARS_MAX: usize = 600;
-
-/// Which half of a migration this host plays.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Role {
-    /// The VM leaves this host.
-    Source,
-    /// It arrives here.
-    Target,
-}
-
-/// What a journal can say.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "record")]
-pub enum Record {
-    /// The attempt began; always the first record.
-    Began(Box<Began>),
-    /// A source's step of the hand-over.
-    Source {
-        /// The step.
-        step: SourceRecord,
-        /// Wall-clock time in RFC 3339, for people.
-        at: String,
-    },
-    /// A target's step of the hand-over.
-    Target {
-        /// The step.
-        step: TargetRecord,
-        /// Why, for a refusal.
-        reason: Option<String>,
-        /// Whether the guest is to run here; `false` if its owner had paused it.
-        run: bool,
-        /// Wall-clock time in RFC 3339, for people.
-        at: String,
-    },
-    /// Everything that follows from the last step was done; nothing is left to recover.
-    Ended,
-}
-
-/// The first record.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Began {
-    /// The format of all that follows.
-    pub format: u32,
-    /// Which half we play.
-    pub role: Role,
-    /// The VM.
-    pub vm: String,
-    /// The peer's name at this host.
-    pub peer: String,
-    /// Whether the guest ran when the attempt began; it is given back like that.
-    pub was_running: bool,
-    /// At its target: what the VM is, so that it can be started from its disks if need be.
-    pub spec: Option<VmSpec>,
-    /// Wall-clock time in RFC 3339, for people.
-    pub at: String,
-}
-
-impl Record {
-    /// The first record of an attempt at its source.
-    pub fn leaving(vm: &str, peer: &str, was_running: bool) -> Self {
-        Self::began(Role::Source, vm, peer, was_running, None)
-    }
-
-    /// The first record of an attempt at its target.
-    pub fn arriving(spec: &VmSpec, peer: &str) -> Self {
-        Self::began(Role::Target, &spec.name, peer, false, Some(spec.clone()))
-    }
-
-    fn began(role: Role, vm: &str, peer: &str, was_running: bool, spec: Option<VmSpec>) -> Self {
-        let (vm, peer, at) = (vm.to_owned(), peer.to_owned(), now());
-        Self::Began(Box::new(Began { format: FORMAT, role, vm, peer, was_running, spec, at }))
-    }
-
-    /// A source's step.
-    pub fn source(step: SourceRecord) -> Self {
-        Self::Source { step, at: now() }
-    }
-
-    /// A target's step.
-    pub fn target(step: TargetRecord, reason: Option<&str>, run: bool) -> Self {
-        let cut = |reason: &str| reason.chars().take(REASON_CHARS_MAX).collect();
-        Self::Target { step, reason: reason.map(cut), run, at: now() }
-    }
-}
-
-fn now() -> String {
-    jiff::Timestamp::now().to_string()
-}
 
 /// Why a record is not durable.
 #[derive(Debug, thiserror::Error)]
@@ -139,94 +51,19 @@ pub enum BeginError {
     Unsettled(JobId),
 }
 
-/// What a journal file says, read back.
-#[derive(Debug, Clone, PartialEq)]
-pub struct History {
-    /// The attempt.
-    pub job: JobId,
-    /// Its records, oldest first.
-    pub records: Vec<Record>,
-}
-
-impl History {
-    /// The last step of the source's hand-over.
-    pub fn source_step(&self) -> Option<SourceRecord> {
-        self.records.iter().rev().find_map(|record| match record {
-            Record::Source { step, .. } => Some(*step),
-            _ => None,
-        })
-    }
-
-    /// The last step of the target's hand-over.
-    pub fn target_step(&self) -> Option<TargetRecord> {
-        self.records.iter().rev().find_map(|record| match record {
-            Record::Target { step, .. } => Some(*step),
-            _ => None,
-        })
-    }
-
-    /// Whether the guest is to run at its target, as it accepted it.
-    pub fn runs_at_target(&self) -> bool {
-        let accepted = |record: &Record| {
-            matches!(record, Record::Target { step: TargetRecord::Accepted, run: true, .. })
-        };
-        self.records.iter().any(accepted)
-    }
-
-    /// The last reason that was written down.
-    pub fn reason(&self) -> Option<String> {
-        self.records.iter().rev().find_map(|record| match record {
-            Record::Target { reason, .. } => reason.clone(),
-            _ => None,
-        })
-    }
-
-    /// When its last step was written, in RFC 3339.
-    pub fn since(&self) -> Option<&str> {
-        self.records.iter().rev().find_map(|record| match record {
-            Record::Began(began) => Some(began.at.as_str()),
-            Record::Source { at, .. } | Record::Target { at, .. } => Some(at),
-            Record::Ended => None,
-        })
-    }
-
-    /// Whether nothing is left to do. A step behind the end opens an attempt again: a target that
-    /// hears late that it was overruled.
-    pub fn ended(&self) -> bool {
-        self.records.last() == Some(&Record::Ended)
-    }
-
-    /// The first record, without which a journal says nothing.
-    pub fn began(&self) -> Option<&Began> {
-        match self.records.first() {
-            Some(Record::Began(began)) => Some(began),
-            _ => None,
-        }
-    }
-
-    /// Whether a restart would still do something to the VM because of this attempt. Until it would
-    /// not, nothing else may be begun with that VM.
-    pub fn acts(&self) -> bool {
-        let tells_only = matches!(
-            (self.source_step(), self.target_step()),
-            (Some(SourceRecord::Returned | SourceRecord::Left), _)
-                | (_, Some(TargetRecord::Settled | TargetRecord::Yielded))
-        );
-        !self.ended() && !tells_only
-    }
-}
-
 /// The folder of a host's journals.
 #[derive(Debug, Clone)]
 pub struct JournalDir {
     dir: PathBuf,
+    /// The journals that this life of the agent has seen durable, as they are.
+    durable: Arc<Mutex<HashSet<JobId>>>,
 }
 
 impl JournalDir {
     /// Opens or makes the folder.
     pub fn open(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        Ok(Self { dir: dir.to_path_buf() })
+        Ok(Self { dir: dir.to_path_buf(), durable: Arc::default() })
     }
 
     fn path(&self, job: JobId) -> PathBuf {
@@ -239,8 +76,10 @@ impl JournalDir {
     /// # Errors
     /// Nothing was begun, and nothing of it stays.
     pub fn begin(&self, job: JobId, vm: &str, began: &Record) -> Result<(), BeginError> {
-        for history in self.unfinished()? {
-            if history.began().is_some_and(|began| began.vm == vm) && history.acts() {
+        for history in self.all()? {
+            if history.began().is_some_and(|began| began.vm == vm)
+                && self.sure(history.job)?.is_some_and(|history| history.acts())
+            {
                 return Err(BeginError::Unsettled(history.job));
             }
         }
@@ -256,6 +95,7 @@ impl JournalDir {
             let _ = fs::remove_file(&path);
             return Err(error.into());
         }
+        self.is_durable(job, true);
         Ok(())
     }
 
@@ -265,17 +105,17 @@ impl JournalDir {
     /// # Errors
     /// The two kinds differ in what a restart may read.
     pub fn append(&self, job: JobId, record: &Record) -> Result<(), AppendError> {
-        let path = self.path(job);
-        let known = path.exists();
-        let (mut file, good) = self.open_at_end(&path).map_err(AppendError::Unwritten)?;
         let line = encode(record).map_err(AppendError::Unwritten)?;
+        let (mut file, good) = self.open_durable(job).map_err(AppendError::Unwritten)?;
         // Its last byte is its end: a record that was written in part is none.
         file.write_all(line.as_bytes()).map_err(AppendError::Unwritten)?;
-        let synced = file.sync_all().and_then(|()| if known { Ok(()) } else { self.sync_names() });
-        synced.map_err(|error| match file.set_len(good).and_then(|()| file.sync_all()) {
-            Ok(()) => AppendError::Unwritten(error),
-            Err(_) => AppendError::Unknown(error),
-        })?;
+        if let Err(error) = file.sync_all() {
+            self.is_durable(job, false);
+            return Err(match file.set_len(good).and_then(|()| file.sync_all()) {
+                Ok(()) => AppendError::Unwritten(error),
+                Err(_) => AppendError::Unknown(error),
+            });
+        }
         if *record == Record::Ended {
             // Gives back what was reserved; if it cannot be, it only takes room.
             let _ = file.set_len(good + line.len() as u64);
@@ -283,20 +123,57 @@ impl JournalDir {
         Ok(())
     }
 
-    /// Opens a journal behind its last readable record, whose end is given.
-    fn open_at_end(&self, path: &Path) -> io::Result<(File, u64)> {
+    /// What an attempt's journal durably says, for whoever acts upon it; `None` if there is none.
+    ///
+    /// # Errors
+    /// What it says is not known to be durable, or cannot be read.
+    pub fn sure(&self, job: JobId) -> io::Result<Option<History>> {
+        let known = self.lock_durable().contains(&job);
+        if !known && self.path(job).exists() {
+            self.open_durable(job)?;
+        }
+        self.read(job)
+    }
+
+    /// Opens a journal, or makes it, behind its last readable record, whose end is given and which
+    /// is durable.
+    fn open_durable(&self, job: JobId) -> io::Result<(File, u64)> {
         let mut options = OpenOptions::new();
+        let path = self.path(job);
         let mut file = options.read(true).write(true).create(true).truncate(false).open(path)?;
         let (_, good) = read_records(&mut file)?;
         // Only if need be: it gives back the room that was reserved.
         if file.metadata()?.len() != good {
             file.set_len(good)?;
         }
-        file.seek(SeekFrom::Start(good))?;
+        file.rewind()?;
+        if self.lock_durable().contains(&job) {
+            file.seek(SeekFrom::Start(good))?;
+            return Ok((file, good));
+        }
+        // The same bytes over themselves: whatever of them reaches the disk, nothing gets lost.
+        let mut bytes = vec![0; good as usize];
+        file.read_exact(&mut bytes)?;
+        file.rewind()?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        self.sync_names()?;
+        self.is_durable(job, true);
         Ok((file, good))
     }
 
-    /// What an attempt's journal says; `None` if there is none.
+    fn is_durable(&self, job: JobId, is: bool) {
+        let mut durable = self.lock_durable();
+        let _ = if is { durable.insert(job) } else { durable.remove(&job) };
+    }
+
+    fn lock_durable(&self) -> std::sync::MutexGuard<'_, HashSet<JobId>> {
+        // Whole after every operation.
+        self.durable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What an attempt's journal says as far as it can be read, durable or not, for whoever only
+    /// looks; `None` if there is none.
     pub fn read(&self, job: JobId) -> io::Result<Option<History>> {
         let mut file = match File::open(self.path(job)) {
             Ok(file) => file,
@@ -410,6 +287,7 @@ fn checksum(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migration::handover::SourceRecord;
 
     fn began() -> Record {
         Record::leaving("web", "dc2", true)
@@ -445,6 +323,28 @@ mod tests {
         assert!(room() >= RESERVED_BYTES, "{}: no file system of ours", room());
         journals.append(job, &Record::Ended).unwrap();
         assert!(room() < RESERVED_BYTES, "{}", room());
+    }
+
+    #[test]
+    fn another_life_acts_only_upon_what_it_has_made_durable() {
+        let dir = tempfile::tempdir().unwrap();
+        let journals = JournalDir::open(dir.path()).unwrap();
+        let job = JobId::random();
+        journals.begin(job, "web", &began()).unwrap();
+        journals.append(job, &step(SourceRecord::Delegated)).unwrap();
+        let path = journals.path(job);
+        let (said, bytes) = (journals.read(job).unwrap(), fs::read(&path).unwrap());
+        let written = |journals: &JournalDir| {
+            let file = File::options().write(true).open(&path).unwrap();
+            file.set_modified(std::time::UNIX_EPOCH).unwrap();
+            assert_eq!(journals.sure(job).unwrap(), said);
+            assert_eq!(fs::read(&path).unwrap(), bytes);
+            fs::metadata(&path).unwrap().modified().unwrap() != std::time::UNIX_EPOCH
+        };
+        assert!(!written(&journals));
+        let later = JournalDir::open(dir.path()).unwrap();
+        assert!(written(&later) && !written(&later));
+        assert_eq!(later.sure(JobId::random()).unwrap(), None);
     }
 
     #[test]
