@@ -48,6 +48,8 @@ pub struct Link {
     free_at_ns: u64,
     /// Parts of a nanosecond by which `free_at_ns` is too early, in 1/rate.
     remainder: u64,
+    /// The rate that `remainder` is of.
+    rate: u64,
     /// The last moment of delivery: jitter must not reorder.
     last_arrival_ns: u64,
     in_burst: bool,
@@ -66,6 +68,7 @@ impl Link {
             random: Xoshiro256PlusPlus::seed_from_u64(seed),
             free_at_ns: 0,
             remainder: 0,
+            rate: profile.rate_at(0),
             last_arrival_ns: 0,
             in_burst: false,
             is_cut: false,
@@ -115,6 +118,17 @@ impl Link {
         self.is_cut = false;
     }
 
+    /// What this link is like.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Gives it another rate from now on.
+    pub fn set_rate(&mut self, bits_per_s: u64) {
+        self.profile.rate_bits_per_s = bits_per_s;
+        self.profile.trace = None;
+    }
+
     /// The most bytes that ever waited before the bottleneck.
     pub fn queue_peak_bytes(&self) -> u64 {
         self.queue_peak_bytes
@@ -127,7 +141,10 @@ impl Link {
             self.free_at_ns = reached_ns;
             self.remainder = 0;
         }
-        let rate = self.profile.rate_bits_per_s;
+        let rate = self.profile.rate_at(self.free_at_ns);
+        if self.rate != rate {
+            (self.rate, self.remainder) = (rate, 0);
+        }
         // u32 bytes in bits times 1e9 needs 65 bits at worst; packets are 64 KiB at most.
         let work = u128::from(len) * 8 * u128::from(NS_PER_S) + u128::from(self.remainder);
         let (ns, remainder) = (work / u128::from(rate), work % u128::from(rate));
@@ -138,8 +155,9 @@ impl Link {
     /// Bytes before the bottleneck, the packet that is being sent included.
     fn waiting_bytes(&self, now_ns: u64) -> u64 {
         let ahead_ns = u128::from(self.free_at_ns.saturating_sub(now_ns));
-        let bytes =
-            ahead_ns * u128::from(self.profile.rate_bits_per_s) / (8 * u128::from(NS_PER_S));
+        // Of a rate that changes while they wait this is the present one's idea of them.
+        let rate = self.profile.rate_at(now_ns);
+        let bytes = ahead_ns * u128::from(rate) / (8 * u128::from(NS_PER_S));
         u64::try_from(bytes).unwrap_or(u64::MAX >> 1)
     }
 
@@ -164,7 +182,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::profile::Burst;
+    use crate::profile::{Burst, Trace};
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -245,6 +263,28 @@ mod tests {
         assert!((840..=1160).contains(&first.len()), "{}", first.len());
         assert_eq!(first, losses(7));
         assert_ne!(first, losses(8));
+    }
+
+    #[test]
+    fn a_rate_that_changes_is_kept() {
+        let trace = Trace { step_us: 1_000_000, rates_bits_per_s: vec![8_000_000, 80_000_000] };
+        let queue_bytes = Some(1 << 26);
+        let mut link = Link::new(&Profile { trace: Some(trace), queue_bytes, ..profile(1, 0) }, 1);
+        // A second of the first rate, one of the second, and the first again.
+        let mut last = Duration::ZERO;
+        for _ in 0..1000 + 10_000 + 500 {
+            last = arrival(link.offer(Duration::ZERO, 1000));
+        }
+        assert_eq!(last, MS * 2500);
+    }
+
+    #[test]
+    fn the_bursty_profile_loses_half_a_percent() {
+        let mut link = Link::new(&Profile::named("bursty").unwrap(), 5);
+        let lost = (0..1_000_000)
+            .filter(|i| link.offer(MS * *i, 1500) == Verdict::Drop(Reason::Loss))
+            .count();
+        assert!((4_500..=5_500).contains(&lost), "{lost}");
     }
 
     #[test]

@@ -33,6 +33,9 @@ pub struct Profile {
     /// Loss that comes in bursts, on top of `loss`.
     #[serde(default)]
     pub burst: Option<Burst>,
+    /// Rates that follow each other in the place of the one rate, over and over.
+    #[serde(default)]
+    pub trace: Option<Trace>,
     /// Bytes that wait before the bottleneck until the tail is dropped; one bandwidth-delay product
     /// if absent, see [`Profile::queue_bytes`].
     #[serde(default)]
@@ -54,6 +57,16 @@ pub struct Burst {
     pub loss: f64,
 }
 
+/// A rate that changes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trace {
+    /// How long each rate holds, in microseconds.
+    pub step_us: u64,
+    /// The rates in bits a second, each above zero.
+    pub rates_bits_per_s: Vec<u64>,
+}
+
 /// Smallest default queue: routers have at least this, also where delay is near zero.
 const QUEUE_BYTES_MIN: u64 = 256 * 1024;
 /// Largest queue that can be asked for; beyond it a packet would wait for minutes.
@@ -72,32 +85,63 @@ fn default_mtu() -> u16 {
 }
 
 /// The names that [`Profile::named`] knows.
-pub const NAMES: [&str; 4] = ["metro", "continental", "intercontinental", "direct"];
+pub const NAMES: [&str; 9] = [
+    "metro",
+    "continental",
+    "intercontinental",
+    "satellite",
+    "bursty",
+    "bufferbloat",
+    "shallow",
+    "changing",
+    "direct",
+];
 
 impl Profile {
     /// One of the lab's own profiles, or `None` for a name that it does not have.
     ///
     /// `metro`: 1 Gbit/s, 5 ms, no loss. `continental`: 200 Mbit/s, 80 ms, 0.1 %.
-    /// `intercontinental`: 100 Mbit/s, 200 ms, 0.5 %. `direct`: 10 Gbit/s without delay, for tests.
+    /// `intercontinental`: 100 Mbit/s, 200 ms, 0.5 %. `satellite`: 50 Mbit/s, 600 ms, 1 %.
+    /// As `continental`, but `bursty`: 0.5 % lost, in bursts of ten packets; `bufferbloat`: a queue of
+    /// eight bandwidth-delay products; `shallow`: of a tenth of one; `changing`: the rate changes
+    /// every three seconds. `direct`: 10 Gbit/s without delay, for tests.
     pub fn named(name: &str) -> Option<Self> {
         let (rate_mbit, rtt_ms, loss) = match name {
             "metro" => (1_000, 5, 0.0),
-            "continental" => (200, 80, 0.001),
+            "continental" | "bufferbloat" | "shallow" | "changing" => (200, 80, 0.001),
+            "bursty" => (200, 80, 0.0),
             "intercontinental" => (100, 200, 0.005),
+            "satellite" => (50, 600, 0.01),
             "direct" => (10_000, 0, 0.0),
             _ => return None,
         };
-        Some(Self {
+        let mut profile = Self {
             name: name.to_owned(),
             rate_bits_per_s: rate_mbit * 1_000_000,
             rtt_us: rtt_ms * 1_000,
             jitter_us: 0,
             loss,
             burst: None,
-            // Without delay a bandwidth-delay product is nothing; a host's burst must fit.
-            queue_bytes: (name == "direct").then_some(8 << 20),
+            trace: None,
+            queue_bytes: None,
             mtu: default_mtu(),
-        })
+        };
+        match name {
+            // Half of the packets of a bad state that lasts ten: 0.5 % in all.
+            "bursty" => profile.burst = Some(Burst { start: 0.001_01, stop: 0.1, loss: 0.5 }),
+            "bufferbloat" => profile.queue_bytes = Some(8 * profile.queue_bytes()),
+            "shallow" => profile.queue_bytes = Some(profile.queue_bytes() / 10),
+            "changing" => {
+                let rates_bits_per_s =
+                    [200, 60, 150, 30, 120, 200, 90].map(|mbit| mbit * 1_000_000);
+                profile.trace =
+                    Some(Trace { step_us: 3_000_000, rates_bits_per_s: rates_bits_per_s.to_vec() });
+            }
+            // Without delay a bandwidth-delay product is nothing; a host's burst must fit.
+            "direct" => profile.queue_bytes = Some(8 << 20),
+            _ => {}
+        }
+        Some(profile)
     }
 
     /// A named profile, or the TOML file of that path (its keys are this type's fields).
@@ -133,6 +177,12 @@ impl Profile {
             "the rate of {} bit/s is not in 1..={RATE_BITS_PER_S_MAX}",
             self.rate_bits_per_s
         );
+        if let Some(trace) = &self.trace {
+            ensure!(trace.step_us > 0, "a rate must hold for some time");
+            ensure!(!trace.rates_bits_per_s.is_empty(), "a trace needs a rate");
+            let well = |rate: &u64| (1..=RATE_BITS_PER_S_MAX).contains(rate);
+            ensure!(trace.rates_bits_per_s.iter().all(well), "a rate of the trace is out of range");
+        }
         for (what, us) in [("round trip", self.rtt_us), ("jitter", self.jitter_us)] {
             ensure!(us <= DELAY_US_MAX, "the {what} of {us} us is above {DELAY_US_MAX}");
         }
@@ -152,6 +202,28 @@ impl Profile {
             "the queue of {queue} bytes is not in {floor}..={QUEUE_BYTES_MAX}"
         );
         Ok(self)
+    }
+
+    /// The rate at a moment since the link's start.
+    pub fn rate_at(&self, at_ns: u64) -> u64 {
+        self.trace.as_ref().map_or(self.rate_bits_per_s, |trace| {
+            let step = at_ns / 1_000 / trace.step_us;
+            let rates = &trace.rates_bits_per_s;
+            rates[step as usize % rates.len()]
+        })
+    }
+
+    /// Bytes that the bottleneck can send from one moment since the link's start to another.
+    pub fn carried_bytes(&self, from: Duration, to: Duration) -> f64 {
+        let step_s = self.trace.as_ref().map_or(f64::INFINITY, |trace| trace.step_us as f64 / 1e6);
+        let (mut at, end) = (from.as_secs_f64(), to.as_secs_f64());
+        let mut bits = 0.0;
+        while at < end {
+            let next = (((at / step_s).floor() + 1.0) * step_s).min(end);
+            bits += self.rate_at((next.midpoint(at) * 1e9) as u64) as f64 * (next - at);
+            at = next;
+        }
+        bits / 8.0
     }
 
     /// Bytes that fit before the bottleneck of each direction.
@@ -310,6 +382,17 @@ mod tests {
             let profile = Profile::named(name).unwrap().checked().unwrap();
             assert_eq!(profile.queue_bytes(), bytes, "{name}");
         }
+    }
+
+    #[test]
+    fn what_is_carried_follows_the_trace() {
+        let mut profile = Profile::named("metro").unwrap();
+        let carried = |profile: &Profile, from, to| {
+            profile.carried_bytes(Duration::from_secs_f64(from), Duration::from_secs_f64(to))
+        };
+        assert_eq!(carried(&profile, 1.0, 3.0), 250e6);
+        profile.trace = Some(Trace { step_us: 1_000_000, rates_bits_per_s: vec![8, 80, 800] });
+        assert!((carried(&profile, 0.5, 3.25) - (0.5 + 10.0 + 100.0 + 0.25)).abs() < 1e-6);
     }
 
     #[test]
