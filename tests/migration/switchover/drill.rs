@@ -262,7 +262,10 @@ impl Drill {
     /// Whether a QEMU that is nobody's yet is at the target.
     fn arrives(&self) -> bool {
         let target = self.at.other();
-        self.stage.run_file(target, "qemu.pid").exists() && self.stage.state(target).is_none()
+        // The file of one that was killed stays.
+        let runs = |pid: String| std::path::Path::new("/proc").join(pid.trim()).exists();
+        let pid = fs::read_to_string(self.stage.run_file(target, "qemu.pid"));
+        pid.is_ok_and(runs) && self.stage.state(target).is_none()
     }
 
     /// Starts again what was killed.

@@ -93,8 +93,8 @@ fn number(variable: &str, default: u64) -> u64 {
 }
 
 /// Every point with every trouble, then random pairs. `LONGHAUL_SEED` seeds the pairs,
-/// `LONGHAUL_PAIRS` says how many, `LONGHAUL_SHARD=I` and `LONGHAUL_SHARDS=N` split the work, and
-/// `LONGHAUL_RESULTS` names a file for the rows.
+/// `LONGHAUL_PAIRS` says how many, `LONGHAUL_SHARD=I` and `LONGHAUL_SHARDS=N` split the work, of which
+/// `LONGHAUL_DONE` have been done, and `LONGHAUL_RESULTS` names a file for the rows.
 #[test]
 #[ignore = "takes hours; see docs/hand-over.md"]
 fn every_point_with_every_trouble_and_random_pairs() {
@@ -111,7 +111,7 @@ fn every_point_with_every_trouble_and_random_pairs() {
     let Some(mut drill) = Drill::begin(&format!("drill{shard}")) else { return };
     let mut results = Results::open();
     let mine = plans.iter().enumerate().filter(|(nth, _)| *nth as u64 % shards == shard);
-    for (_, faults) in mine {
+    for (_, faults) in mine.skip(number("LONGHAUL_DONE", 0) as usize) {
         let begun = Instant::now();
         let outcome = drill.run(faults);
         results.add(seed, faults, &outcome, begun.elapsed());
