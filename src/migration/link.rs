@@ -20,7 +20,9 @@ const WANTS_MAX: usize = 256;
 
 /// A round trip below this is noise: everything is one machine.
 const MIN_RTT_S: f64 = 0.001;
-/// The share of window / round trip that arrives: the window has room for a probe, and packets for
+/// The share of what a path delivers that is payload: the rest is headers, seals and repetitions.
+const PAYLOAD_SHARE: f64 = 0.95;
+/// Where nobody has a model of the path: the share of window / round trip that arrives: the window has room for a probe, and packets for
 /// overhead.
 const CARRIED_SHARE: f64 = 0.8;
 
@@ -102,6 +104,9 @@ impl Link {
     /// What the path carries, in bytes a second, by the congestion controller's model of it.
     pub(super) fn bytes_per_s(&self) -> f64 {
         let path = self.session.stats();
+        if path.bandwidth > 0 {
+            return path.bandwidth as f64 * PAYLOAD_SHARE;
+        }
         path.cwnd as f64 / path.rtt.as_secs_f64().max(MIN_RTT_S) * CARRIED_SHARE
     }
 

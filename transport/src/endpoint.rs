@@ -20,6 +20,7 @@ use crate::fingerprint::Fingerprint;
 use crate::frame::{Hello, PROTOCOL_VERSION};
 use crate::greeting::{self, GreetingError};
 use crate::identity::{CERTIFICATE_NAME, Identity};
+use crate::pace::PacedSocket;
 use crate::reset::{self, ResetKey};
 use crate::session::{Session, canonical};
 use crate::socket::{self, SegmentLimit};
@@ -47,6 +48,7 @@ struct Shared {
     server: quinn::ServerConfig,
     transport: Arc<quinn::TransportConfig>,
     connection_window: u64,
+    paced: Arc<PacedSocket>,
 }
 
 struct Inner {
@@ -132,12 +134,17 @@ impl Endpoint {
         config
             .max_udp_payload_size(max_payload)
             .expect("the tuning keeps the payload between 1200 and 65507 bytes");
-        let socket = SegmentLimit::new(socket, max_payload);
+        config.rng_seed(tuning.simulation_seed.map(|seed| {
+            let mut bytes = [0; 32];
+            bytes[..8].copy_from_slice(&seed.to_le_bytes());
+            bytes
+        }));
+        let socket = PacedSocket::new(SegmentLimit::new(socket, max_payload));
         let runtime: Arc<dyn Runtime> = Arc::new(TokioRuntime);
         let quic = quinn::Endpoint::new_with_abstract_socket(
             config,
             Some(server.clone()),
-            socket,
+            socket.clone(),
             runtime,
         )
         .map_err(BindError::Endpoint)?;
@@ -154,6 +161,7 @@ impl Endpoint {
             server,
             transport,
             connection_window: tuning.connection_window(),
+            paced: socket,
         });
         let (sessions, accepted) = mpsc::channel(ACCEPT_BACKLOG);
         let accepting = tokio::spawn(accept_all(shared.clone(), sessions));
@@ -196,7 +204,7 @@ impl Endpoint {
                 Err(_) => return Err(ConnectError::Unreachable { addr }),
             };
         let window = shared.connection_window;
-        Ok(Session::new(connection, expected, hello, (send, recv), window))
+        Ok(Session::new(connection, expected, hello, (send, recv), window, shared.paced.clone()))
     }
 
     /// Learns the fingerprint of the agent at `addr`, for an operator to compare before pairing.
@@ -392,7 +400,8 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
                 return;
             };
             let window = shared.connection_window;
-            place.send(Session::new(connection, fingerprint, hello, (send, recv), window));
+            let socket = shared.paced.clone();
+            place.send(Session::new(connection, fingerprint, hello, (send, recv), window, socket));
         }
         Err(GreetingError::Version { theirs }) => tracing::warn!(
             %fingerprint,

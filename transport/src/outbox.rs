@@ -13,18 +13,18 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use crate::class::Class;
 use crate::frame::{BATCH_HEAD, BatchHead, FrameError, MAX_BATCH_BYTES};
 use crate::session::{Link, SendError, SessionInner};
-use crate::stats::header_bytes;
+use crate::stats::{header_bytes, held_bytes};
 use crate::tuning::MAX_UNI_STREAMS;
 
 /// Batches of each class that may be on the way, least urgent class first.
 const UNACKED_BATCHES: [usize; Class::ALL.len()] = [48, 48, 96, 32, 16];
 /// Least send window: keeps a path busy while its window is still small.
 const SEND_WINDOW_MIN: u64 = 4 * 1024 * 1024;
-/// Send window in congestion windows. A lost packet keeps all that follows it in its stream in the
+/// Send window in what the path holds. A lost packet keeps all that follows it in its stream in the
 /// window for a round trip more: with 2, a path of 100 Mbit/s, 200 ms and 0.5 % loss carries 3 %
 /// less. Beyond 3 nothing is gained, and data only ages in the queue, where a page cannot be
 /// superseded any more.
-const SEND_WINDOW_CWNDS: u64 = 3;
+const SEND_WINDOW_HELD: u64 = 3;
 /// Bytes of a QUIC packet that carry no stream data: header, frame header and seal, on average.
 const QUIC_OVERHEAD: u64 = 40;
 /// Code of a stream whose sender gave up.
@@ -169,6 +169,7 @@ async fn write(
 
 /// Sets the send window to what the path can use soon; returns the path's payload size.
 fn fit_send_window(session: &SessionInner) -> u16 {
+    session.link.pacing.follow(&session.connection);
     let path = session.connection.stats().path;
     let limit = session.link.connection_window;
     let urgent = session.link.urgent_unacked.load(Ordering::Relaxed);
@@ -177,7 +178,10 @@ fn fit_send_window(session: &SessionInner) -> u16 {
         // stream's priority then lets them overtake what is queued.
         limit + urgent
     } else {
-        (path.cwnd * SEND_WINDOW_CWNDS).clamp(SEND_WINDOW_MIN.min(limit), limit)
+        // Of the congestion window a half: it is twice what the path holds, where that is not known.
+        let [_, bandwidth] = session.link.pacing.rates();
+        let held = held_bytes(bandwidth, path.min_rtt).max(path.cwnd / 2);
+        (held * SEND_WINDOW_HELD).clamp(SEND_WINDOW_MIN.min(limit), limit)
     };
     session.connection.set_send_window(window);
     path.current_mtu

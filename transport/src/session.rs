@@ -19,6 +19,7 @@ use crate::fingerprint::Fingerprint;
 use crate::frame::{FrameError, Hello};
 use crate::inbox::{self, Batch, Inbox};
 use crate::outbox::{self, Slots};
+use crate::pace::{PacedSocket, Pacing};
 use crate::rate::{JobRate, RateLimiter};
 use crate::stats::{Counters, PathStats};
 
@@ -74,6 +75,7 @@ pub(crate) struct Link {
     pub(crate) urgent_unacked: AtomicU64,
     /// Send and receive window of the connection.
     pub(crate) connection_window: u64,
+    pub(crate) pacing: Pacing,
     ended: OnceLock<CloseReason>,
 }
 
@@ -146,13 +148,17 @@ impl Session {
         hello: Hello,
         control: (SendStream, RecvStream),
         connection_window: u64,
+        socket: Arc<PacedSocket>,
     ) -> Self {
+        let pacing = Pacing::new(socket);
+        pacing.follow(&connection);
         let link = Arc::new(Link {
             inbox: Inbox::new(),
             counters: Counters::default(),
             slots: Slots::new(),
             urgent_unacked: AtomicU64::new(0),
             connection_window,
+            pacing,
             ended: OnceLock::new(),
         });
         tokio::spawn(inbox::receive(connection.clone(), link.clone()));
@@ -250,7 +256,8 @@ impl Session {
     /// What this session has cost and carried so far.
     pub fn stats(&self) -> PathStats {
         let quic = self.0.connection.stats();
-        self.0.link.counters.snapshot(&quic, self.remote_addr())
+        let rates = self.0.link.pacing.rates();
+        self.0.link.counters.snapshot(&quic, self.remote_addr(), rates)
     }
 
     /// Closes the session because all is done. What is still under way is dropped, so finish the

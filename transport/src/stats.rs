@@ -47,6 +47,10 @@ pub struct PathStats {
     pub lost_bytes: u64,
     /// Congestion window, bytes.
     pub cwnd: u64,
+    /// Bytes a second at which packets leave at most; 0 while nothing is known.
+    pub pacing_rate: u64,
+    /// What the path is thought to deliver to this session, bytes a second; 0 while that is not known.
+    pub bandwidth: u64,
     /// UDP payload that the path is known to carry, bytes.
     pub mtu: u16,
     /// How often the path stopped to carry large packets. More than zero under load may be loss
@@ -57,6 +61,15 @@ pub struct PathStats {
 }
 
 impl PathStats {
+    /// Bytes that the path holds: what it is thought to deliver in a round trip without queue; the
+    /// congestion window where nobody has a model of it.
+    pub fn holds(&self) -> u64 {
+        match self.bandwidth {
+            0 => self.cwnd,
+            rate => held_bytes(rate, self.min_rtt),
+        }
+    }
+
     /// Payload of `class`.
     pub fn class(&self, class: Class) -> ClassBytes {
         self.classes[class.index()]
@@ -86,7 +99,12 @@ impl Counters {
         self.classes[class.index()][which].fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    pub(crate) fn snapshot(&self, quic: &ConnectionStats, remote: SocketAddr) -> PathStats {
+    pub(crate) fn snapshot(
+        &self,
+        quic: &ConnectionStats,
+        remote: SocketAddr,
+        [pacing_rate, bandwidth]: [u64; 2],
+    ) -> PathStats {
         let header = header_bytes(remote);
         let classes = self.classes.each_ref().map(|[sent, acked, received]| ClassBytes {
             sent: sent.load(Ordering::Relaxed),
@@ -102,11 +120,19 @@ impl Counters {
             lost_packets: quic.path.lost_packets,
             lost_bytes: quic.path.lost_bytes,
             cwnd: quic.path.cwnd,
+            pacing_rate,
+            bandwidth,
             mtu: quic.path.current_mtu,
             black_holes: quic.path.black_holes_detected,
             classes,
         }
     }
+}
+
+/// Bytes that a path holds that delivers `rate` bytes a second and takes that long.
+pub(crate) fn held_bytes(rate: u64, rtt: Duration) -> u64 {
+    let bytes = u128::from(rate) * rtt.as_nanos() / 1_000_000_000;
+    u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
 /// IP and UDP header of one datagram to `remote`.

@@ -11,7 +11,7 @@ use quinn::congestion::CubicConfig;
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 use crate::bit_rate::BitRate;
-use crate::congestion::{INITIAL_WINDOW, PathModelConfig};
+use crate::congestion::{INITIAL_WINDOW, PathControllerConfig};
 
 /// Receive window of one stream.
 pub const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
@@ -76,6 +76,9 @@ pub struct Tuning {
     pub socket_buffer: usize,
     /// The congestion controller.
     pub congestion: Congestion,
+    /// Makes what QUIC draws at random follow from this seed: for simulations, in which a run must be
+    /// the same again. Never for a real network.
+    pub simulation_seed: Option<u64>,
     /// Version of the agent as told to peers; at most [`MAX_AGENT_VERSION`](crate::MAX_AGENT_VERSION)
     /// bytes of it.
     pub agent_version: String,
@@ -93,6 +96,7 @@ impl Default for Tuning {
             idle_timeout: IDLE_TIMEOUT,
             socket_buffer: SOCKET_BUFFER,
             congestion: Congestion::default(),
+            simulation_seed: None,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             capabilities: 0,
         }
@@ -153,7 +157,9 @@ impl Tuning {
             Congestion::PathModel => {
                 let hinted = self.hinted_bdp().map_or(0, |bdp| bdp / HINT_DIVISOR);
                 let initial_window = hinted.clamp(INITIAL_WINDOW, CONNECTION_WINDOW_MAX);
-                config.congestion_controller_factory(Arc::new(PathModelConfig { initial_window }));
+                config.congestion_controller_factory(Arc::new(PathControllerConfig {
+                    initial_window,
+                }));
             }
             Congestion::Cubic => {
                 config.congestion_controller_factory(Arc::new(CubicConfig::default()));

@@ -112,7 +112,8 @@ impl<'a> MemorySender<'a> {
                     self.wire_sent as f64 / self.content_sent as f64
                 },
             });
-            let window = (self.link.stats().cwnd * 3 / 2).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
+            let window =
+                (self.link.stats().holds() * 3 / 2).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
             self.fill = (unapplied as f64 / window as f64).min(1.0) as f32;
             if unapplied < window {
                 return Ok(());

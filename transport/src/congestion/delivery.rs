@@ -1,4 +1,4 @@
-//! How fast bytes arrive at the other end, from what was sent and acknowledged when.
+//! How fast bytes arrive at the other end, from what was sent, acknowledged and lost when.
 //!
 //! Invariant: a rate is measured between two acknowledgements of packets that were sent as far
 //! apart as they were delivered, so neither a burst of sending nor a clump of acknowledgements
@@ -7,8 +7,6 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Rounds whose highest rate counts.
-const FILTER_ROUNDS: usize = 10;
 /// Departures that are remembered; the oldest go first, their packets then give no sample.
 const MAX_DEPARTURES: usize = 1 << 16;
 /// Departures older than the newest acknowledged one by this much cannot give a sample any more.
@@ -22,6 +20,18 @@ struct Departure {
     delivered_at: Instant,
     first_sent: Instant,
     app_limited: bool,
+    /// Bytes in flight right after it.
+    in_flight: u64,
+    lost: u64,
+}
+
+/// What a departure says once something of it is known to have arrived or to be lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Flight {
+    /// Bytes that were in flight when it left.
+    pub(crate) bytes: u64,
+    /// Bytes that were lost since.
+    pub(crate) lost: u64,
 }
 
 /// One measurement.
@@ -33,6 +43,12 @@ pub(crate) struct Sample {
     pub(crate) span: Duration,
     /// True if the sender had nothing more to send: the path may be faster than this.
     pub(crate) app_limited: bool,
+    /// Bytes delivered over that time.
+    pub(crate) delivered: u64,
+    /// Bytes that had been delivered when the newest acknowledged packet left.
+    pub(crate) prior_delivered: u64,
+    /// Of the newest acknowledged packet.
+    pub(crate) flight: Flight,
 }
 
 /// Measures the delivery rate.
@@ -43,6 +59,7 @@ pub(crate) struct Delivery {
     delivered_at: Instant,
     first_sent: Instant,
     in_flight: u64,
+    lost: u64,
     /// Samples are app-limited until this much is delivered.
     app_limited_until: u64,
     newest: Option<Departure>,
@@ -56,6 +73,7 @@ impl Delivery {
             delivered_at: now,
             first_sent: now,
             in_flight: 0,
+            lost: 0,
             app_limited_until: 0,
             newest: None,
         }
@@ -69,7 +87,8 @@ impl Delivery {
             self.delivered_at = now;
         }
         self.in_flight += bytes;
-        if self.departures.back().is_some_and(|last| last.at == now) {
+        if let Some(last) = self.departures.back_mut().filter(|last| last.at == now) {
+            last.in_flight = self.in_flight;
             return;
         }
         if self.departures.len() == MAX_DEPARTURES {
@@ -81,17 +100,40 @@ impl Delivery {
             delivered_at: self.delivered_at,
             first_sent: self.first_sent,
             app_limited: self.delivered < self.app_limited_until,
+            in_flight: self.in_flight,
+            lost: self.lost,
         });
+    }
+
+    /// Bytes delivered so far.
+    pub(crate) fn delivered(&self) -> u64 {
+        self.delivered
+    }
+
+    /// Bytes in flight, as far as acknowledgements tell.
+    pub(crate) fn in_flight(&self) -> u64 {
+        self.in_flight
+    }
+
+    /// `bytes` are taken for lost, of which the last left at `sent`.
+    pub(crate) fn on_lost(&mut self, sent: Instant, bytes: u64) -> Option<Flight> {
+        self.lost += bytes;
+        self.in_flight = self.in_flight.saturating_sub(bytes);
+        let departure = self.departed_at(sent)?;
+        Some(Flight { bytes: departure.in_flight, lost: self.lost - departure.lost })
+    }
+
+    /// The last departure up to `sent`.
+    fn departed_at(&self, sent: Instant) -> Option<Departure> {
+        let after = self.departures.partition_point(|departure| departure.at <= sent);
+        after.checked_sub(1).map(|place| self.departures[place])
     }
 
     /// A packet of `bytes` that left at `sent` is acknowledged.
     pub(crate) fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64) {
         self.delivered += bytes;
         self.delivered_at = now;
-        let after = self.departures.partition_point(|departure| departure.at <= sent);
-        let Some(departure) = after.checked_sub(1).map(|place| self.departures[place]) else {
-            return;
-        };
+        let Some(departure) = self.departed_at(sent) else { return };
         if departure.at == sent && self.newest.is_none_or(|newest| departure.at > newest.at) {
             self.newest = Some(departure);
         }
@@ -116,49 +158,16 @@ impl Delivery {
         let sending = newest.at.saturating_duration_since(newest.first_sent);
         let acknowledging = now.saturating_duration_since(newest.delivered_at);
         let span = sending.max(acknowledging);
-        let bytes = u128::from(self.delivered - newest.delivered);
-        let rate = (bytes * 1_000_000_000).checked_div(span.as_nanos())?;
-        let rate = u64::try_from(rate).ok()?;
-        Some(Sample { rate, span, app_limited: newest.app_limited })
-    }
-}
-
-/// The highest value of the last rounds. A round without a value forgets nothing: silence says
-/// nothing about a path.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct MaxFilter {
-    rounds: VecDeque<u64>,
-    current: u64,
-    previous: u64,
-}
-
-impl MaxFilter {
-    pub(crate) fn insert(&mut self, value: u64) {
-        self.current = self.current.max(value);
-    }
-
-    /// Zero while nothing was inserted.
-    pub(crate) fn max(&self) -> u64 {
-        self.rounds.iter().copied().max().unwrap_or(0).max(self.current)
-    }
-
-    pub(crate) fn next_round(&mut self) {
-        if self.current > 0 {
-            if self.rounds.len() == FILTER_ROUNDS {
-                self.rounds.pop_front();
-            }
-            self.rounds.push_back(std::mem::take(&mut self.current));
-        }
-    }
-
-    /// Keeps the maximum of now for `previous`.
-    pub(crate) fn remember(&mut self) {
-        self.previous = self.max();
-    }
-
-    /// The maximum when it was last remembered.
-    pub(crate) fn previous(&self) -> u64 {
-        self.previous
+        let delivered = self.delivered - newest.delivered;
+        let rate = (u128::from(delivered) * 1_000_000_000).checked_div(span.as_nanos())?;
+        Some(Sample {
+            rate: u64::try_from(rate).ok()?,
+            span,
+            app_limited: newest.app_limited,
+            delivered,
+            prior_delivered: newest.delivered,
+            flight: Flight { bytes: newest.in_flight, lost: self.lost - newest.lost },
+        })
     }
 }
 
@@ -234,21 +243,5 @@ mod tests {
             delivery.on_sent(start + Duration::from_nanos(tick), PACKET);
         }
         assert_eq!(delivery.departures.len(), MAX_DEPARTURES);
-    }
-
-    #[test]
-    fn the_filter_forgets_by_rounds_with_values() {
-        let mut filter = MaxFilter::default();
-        filter.insert(100);
-        filter.next_round();
-        for _ in 0..50 {
-            filter.next_round();
-        }
-        assert_eq!(filter.max(), 100);
-        for _ in 0..FILTER_ROUNDS {
-            filter.insert(10);
-            filter.next_round();
-        }
-        assert_eq!(filter.max(), 10);
     }
 }

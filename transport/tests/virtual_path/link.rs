@@ -1,7 +1,6 @@
-//! A lossy link in memory, for quinn on tokio's paused clock.
+//! A lossy link in memory, for quinn on tokio's paused clock: the lab's model of a WAN, twice.
 //!
-//! Invariant: everything that happens to a packet follows from the clock and the seed. Each
-//! direction is a list of stages: tail-drop queue, serialisation at the rate, random loss, delay.
+//! Invariant: everything that happens to a packet follows from the clock and the seed.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -13,91 +12,58 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use longhaul_transport::BitRate;
+use longhaul_bench::link::{Link, Reason, Verdict};
+use longhaul_bench::profile::Profile;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
 use tokio::time::{Instant, Sleep};
 
 /// IP and UDP header that every packet has on the link.
-const HEADER: u64 = 28;
-
-/// What a link is like; the same both ways.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Path {
-    pub(crate) rate: BitRate,
-    /// Without queue.
-    pub(crate) rtt: Duration,
-    /// Packets lost at random, per million.
-    pub(crate) loss_ppm: u32,
-    /// Bytes that may wait at the bottleneck.
-    pub(crate) queue: u64,
-}
-
-impl Path {
-    /// A path with a queue of one bandwidth-delay product.
-    pub(crate) fn new(rate: &str, rtt_ms: u64, loss_ppm: u32) -> Self {
-        let rate: BitRate = rate.parse().unwrap();
-        let rtt = Duration::from_millis(rtt_ms);
-        Self { rate, rtt, loss_ppm, queue: rate.bytes_in(rtt) }
-    }
-}
+pub(crate) const HEADER: u32 = 28;
 
 /// What became of the packets of one direction.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
     pub(crate) offered: u64,
+    pub(crate) offered_bytes: u64,
+    /// By the link's own nature.
     pub(crate) lost: u64,
+    /// By its full queue.
     pub(crate) dropped: u64,
 }
 
 struct Direction {
-    path: Path,
-    rng: StdRng,
-    /// When the bottleneck has sent all that waits.
-    free_at: Instant,
+    link: Link,
+    began: Instant,
     under_way: VecDeque<(Instant, Vec<u8>)>,
     reader: Option<Waker>,
-    cut: bool,
     tally: Tally,
 }
 
 impl Direction {
-    fn new(path: Path, seed: u64) -> Arc<Mutex<Self>> {
+    fn new(profile: &Profile, seed: u64) -> Arc<Mutex<Self>> {
         Arc::new(Mutex::new(Self {
-            path,
-            rng: StdRng::seed_from_u64(seed),
-            free_at: Instant::now(),
+            link: Link::new(profile, seed),
+            began: Instant::now(),
             under_way: VecDeque::new(),
             reader: None,
-            cut: false,
             tally: Tally::default(),
         }))
     }
 
     fn send(&mut self, packet: &[u8]) {
+        let bytes = packet.len() as u32 + HEADER;
         self.tally.offered += 1;
-        if self.cut {
-            self.tally.lost += 1;
-            return;
-        }
-        let now = Instant::now();
-        let bytes = packet.len() as u64 + HEADER;
-        let waiting = self.path.rate.bytes_in(self.free_at.saturating_duration_since(now));
-        if waiting + bytes > self.path.queue {
-            self.tally.dropped += 1;
-            return;
-        }
-        self.free_at = self.free_at.max(now) + self.path.rate.time_for(bytes);
-        if self.rng.random_range(0..1_000_000) < self.path.loss_ppm {
-            self.tally.lost += 1;
-            return;
-        }
-        let arrival = self.free_at + self.path.rtt / 2;
-        self.under_way.push_back((arrival, packet.to_vec()));
-        if let Some(reader) = self.reader.take() {
-            reader.wake();
+        self.tally.offered_bytes += u64::from(bytes);
+        match self.link.offer(self.began.elapsed(), bytes) {
+            Verdict::Deliver(at) => {
+                self.under_way.push_back((self.began + at, packet.to_vec()));
+                if let Some(reader) = self.reader.take() {
+                    reader.wake();
+                }
+            }
+            Verdict::Drop(Reason::Queue) => self.tally.dropped += 1,
+            Verdict::Drop(Reason::Loss | Reason::Cut) => self.tally.lost += 1,
         }
     }
 }
@@ -116,8 +82,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Two ends of one link.
-pub(crate) fn pair(path: Path, seed: u64) -> (Arc<End>, Arc<End>) {
-    let (there, back) = (Direction::new(path, seed), Direction::new(path, seed + 1));
+pub(crate) fn pair(profile: &Profile, seed: u64) -> (Arc<End>, Arc<End>) {
+    let (there, back) = (Direction::new(profile, 2 * seed), Direction::new(profile, 2 * seed + 1));
     let addr = |host: u8| SocketAddr::from(([192, 0, 2, host], 4433));
     let end = |addr, peer, out, into| {
         let timer = Mutex::new(Box::pin(tokio::time::sleep(Duration::ZERO)));
@@ -133,13 +99,18 @@ impl End {
 
     /// Loses everything in both directions from now on.
     pub(crate) fn cut(&self) {
-        lock(&self.out).cut = true;
-        lock(&self.into).cut = true;
+        lock(&self.out).link.cut();
+        lock(&self.into).link.cut();
     }
 
     /// Gives the direction from this end another rate.
-    pub(crate) fn set_rate(&self, rate: &str) {
-        lock(&self.out).path.rate = rate.parse().unwrap();
+    pub(crate) fn set_rate_mbit(&self, mbit: u64) {
+        lock(&self.out).link.set_rate(mbit * 1_000_000);
+    }
+
+    /// Time since the link began.
+    pub(crate) fn age(&self) -> Duration {
+        lock(&self.out).began.elapsed()
     }
 
     /// What became of the packets that this end sent.

@@ -1,0 +1,74 @@
+//! The round trip of the path without queue: how it is known, and looked at anew.
+//!
+//! Invariant: the lowest round trip is one that was seen, and is confirmed, or looked for with little
+//! in flight, every few seconds.
+
+use std::time::{Duration, Instant};
+
+use super::bbr::{Bbr, State};
+
+/// A round trip this old is measured anew: routes change.
+const PROBE_RTT_INTERVAL: Duration = Duration::from_secs(5);
+const PROBE_RTT_WINDOW_GAIN: f64 = 0.5;
+const PROBE_RTT_TIME: Duration = Duration::from_millis(200);
+/// Newest round trips of which the shortest counts (as in HyStart++, RFC 9406).
+const RTTS: usize = 8;
+/// A round trip no longer than the lowest by this share and [`HOST_DELAY`] confirms it: jitter rarely
+/// repeats the exact minimum, and the draft would stop for nothing every five seconds.
+pub(super) const MIN_RTT_SHARE: u32 = 16;
+/// What a busy host may add to a round trip.
+const HOST_DELAY: Duration = Duration::from_millis(1);
+
+impl Bbr {
+    pub(super) fn update_min_rtt(&mut self, now: Instant, rtt: Duration) {
+        if self.newest_rtts.len() == RTTS {
+            self.newest_rtts.pop_front();
+        }
+        self.newest_rtts.push_back(rtt);
+        let confirms = |min: Duration| rtt <= min + min / MIN_RTT_SHARE + HOST_DELAY;
+        if self.min_rtt.is_none_or(confirms) {
+            self.min_rtt_at = now;
+        }
+        self.min_rtt = Some(self.min_rtt.map_or(rtt, |min| min.min(rtt)));
+    }
+
+    pub(super) fn check_probe_rtt(&mut self, now: Instant, rtt: Option<Duration>, in_flight: u64) {
+        let State::ProbeRtt { done, round_done, lowest } = self.state else {
+            if now.saturating_duration_since(self.min_rtt_at) > PROBE_RTT_INTERVAL {
+                self.prior_window = self.window();
+                self.state = State::ProbeRtt { done: None, round_done: false, lowest: None };
+            }
+            return;
+        };
+        let Some(done) = done else {
+            if in_flight <= self.probe_rtt_window() {
+                let done = Some(now + PROBE_RTT_TIME.max(self.min_rtt()));
+                self.state = State::ProbeRtt { done, round_done: false, lowest: None };
+                self.start_round();
+            }
+            return;
+        };
+        let lowest = [lowest, rtt].into_iter().flatten().min();
+        let round_done = round_done || self.round_start;
+        if round_done && now >= done {
+            self.min_rtt = lowest.or(self.min_rtt);
+            self.min_rtt_at = now;
+            self.leave_probe_rtt(now);
+        } else {
+            self.state = State::ProbeRtt { done: Some(done), round_done, lowest };
+        }
+    }
+
+    pub(super) fn probe_rtt_window(&self) -> u64 {
+        self.bdp(PROBE_RTT_WINDOW_GAIN)
+    }
+
+    /// Whether even the shortest of the newest round trips took longer than the path, by one part in
+    /// `share` of it.
+    pub(super) fn is_queued(&self, share: u32) -> bool {
+        let shortest = self.newest_rtts.iter().min();
+        self.newest_rtts.len() == RTTS
+            && shortest
+                .is_some_and(|rtt| *rtt > self.min_rtt() + self.min_rtt() / share + 2 * HOST_DELAY)
+    }
+}
