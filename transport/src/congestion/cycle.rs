@@ -256,9 +256,11 @@ impl Bbr {
         Some(long.saturating_sub(headroom))
     }
 
+    /// After a probe that lost too much the number of rounds says nothing: on a short path they are
+    /// over in no time.
     fn is_time_to_probe(&self, now: Instant) -> bool {
         let reno = (self.bdp(1.0).min(self.window()) / self.mtu()).min(PROBE_ROUNDS_MAX);
         now.saturating_duration_since(self.cycle.since) > self.cycle.wait
-            || self.cycle.rounds >= reno
+            || (self.cycle.rounds >= reno && !self.cycle.was_too_much)
     }
 }
