@@ -118,11 +118,6 @@ impl Link {
         self.is_cut = false;
     }
 
-    /// What this link is like.
-    pub fn profile(&self) -> &Profile {
-        &self.profile
-    }
-
     /// Gives it another rate from now on.
     pub fn set_rate(&mut self, bits_per_s: u64) {
         self.profile.rate_bits_per_s = bits_per_s;

@@ -483,7 +483,7 @@ fn the_whole_space_holds() {
 }
 
 #[test]
-#[ignore = "takes some minutes and 8 GiB"]
+#[ignore = "takes some minutes"]
 fn the_deep_space_holds() {
     holds(&DEEP);
 }

@@ -200,7 +200,7 @@ impl World {
         if !self.target.up || self.target.machine.is_some() && bug != Some(Bug::EndBeforeSettled) {
             return false;
         }
-        self.make_target_sure(bug);
+        self.target.make_sure(bug);
         let settled = match bug {
             Some(Bug::EndBeforeSettled) => self.target.read.is_some(),
             _ => self.target.read == Some(TargetRecord::Settled),
@@ -325,9 +325,7 @@ impl World {
     }
 
     pub fn settle_source(&mut self, bug: Option<Bug>) {
-        if bug != Some(Bug::BelieveUnsynced) {
-            self.source.make_sure();
-        }
+        self.source.make_sure(bug);
         self.past.delegated |= self.source.durable == Some(SourceRecord::Delegated);
         let last = match bug {
             Some(Bug::ForgetDelegation) => None,
@@ -337,15 +335,9 @@ impl World {
         self.feed_source(SourceEvent::Restarted, bug);
     }
 
-    fn make_target_sure(&mut self, bug: Option<Bug>) {
-        if bug != Some(Bug::BelieveUnsynced) {
-            self.target.make_sure();
-        }
-    }
-
     /// Makes the target's machine from its journal.
     pub fn recover_target(&mut self, bug: Option<Bug>) {
-        self.make_target_sure(bug);
+        self.target.make_sure(bug);
         let last = match (bug, self.target.read) {
             (Some(Bug::ForgetAcceptance), Some(TargetRecord::Accepted)) => None,
             (Some(Bug::RunWhatWasYielded), Some(TargetRecord::Yielded)) => {

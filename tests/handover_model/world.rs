@@ -8,6 +8,8 @@ use longhaul::migration::handover::{
     TargetState, Verdict,
 };
 
+use super::bugs::Bug;
+
 /// A message under way. The network keeps what it has delivered, so it duplicates, delays and
 /// reorders without end; what is dropped is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -135,8 +137,10 @@ impl<M, E, R: Copy> Side<M, E, R> {
     }
 
     /// Makes durable what is read, before it is acted upon.
-    pub fn make_sure(&mut self) {
-        self.durable = self.read;
+    pub fn make_sure(&mut self, bug: Option<Bug>) {
+        if bug != Some(Bug::BelieveUnsynced) {
+            self.durable = self.read;
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use crate::identity::{CERTIFICATE_NAME, Identity};
 use crate::pace::PacedSocket;
 use crate::reset::{self, ResetKey};
 use crate::session::{Session, canonical};
-use crate::socket::{self, SegmentLimit};
+use crate::socket;
 use crate::tls::{self, Expect, Presented};
 use crate::trust::Trust;
 use crate::tuning::Tuning;
@@ -139,7 +139,7 @@ impl Endpoint {
             bytes[..8].copy_from_slice(&seed.to_le_bytes());
             bytes
         }));
-        let socket = PacedSocket::new(SegmentLimit::new(socket, max_payload));
+        let socket = PacedSocket::new(socket, max_payload);
         let runtime: Arc<dyn Runtime> = Arc::new(TokioRuntime);
         let quic = quinn::Endpoint::new_with_abstract_socket(
             config,

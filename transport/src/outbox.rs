@@ -11,9 +11,10 @@ use quinn::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::class::Class;
+use crate::congestion::carried;
 use crate::frame::{BATCH_HEAD, BatchHead, FrameError, MAX_BATCH_BYTES};
 use crate::session::{Link, SendError, SessionInner};
-use crate::stats::{header_bytes, held_bytes};
+use crate::stats::header_bytes;
 use crate::tuning::MAX_UNI_STREAMS;
 
 /// Batches of each class that may be on the way, least urgent class first.
@@ -180,7 +181,7 @@ fn fit_send_window(session: &SessionInner) -> u16 {
     } else {
         // Of the congestion window a half: it is twice what the path holds, where that is not known.
         let [_, bandwidth] = session.link.pacing.rates();
-        let held = held_bytes(bandwidth, path.min_rtt).max(path.cwnd / 2);
+        let held = carried(bandwidth, path.min_rtt).max(path.cwnd / 2);
         (held * SEND_WINDOW_HELD).clamp(SEND_WINDOW_MIN.min(limit), limit)
     };
     session.connection.set_send_window(window);

@@ -26,6 +26,7 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::time::{Instant, Sleep};
 
 use crate::congestion::PathView;
+use crate::socket::segments_in_a_message;
 use crate::tuning::ETHERNET_PAYLOAD;
 
 /// What a late timer may catch up on: tokio's tick in milliseconds, and a busy host.
@@ -82,12 +83,16 @@ impl Lane {
 /// A socket that paces what leaves over it.
 pub(crate) struct PacedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
+    /// Segments that one message holds.
+    segments: usize,
     lanes: Mutex<HashMap<SocketAddr, Lane>>,
 }
 
 impl PacedSocket {
-    pub(crate) fn new(inner: Arc<dyn AsyncUdpSocket>) -> Arc<Self> {
-        Arc::new(Self { inner, lanes: Mutex::default() })
+    /// Paces what leaves over `inner`, in payloads of up to `max_payload` bytes.
+    pub(crate) fn new(inner: Arc<dyn AsyncUdpSocket>, max_payload: u16) -> Arc<Self> {
+        let segments = segments_in_a_message(&*inner, max_payload);
+        Arc::new(Self { inner, segments, lanes: Mutex::default() })
     }
 
     /// Paces what goes to `remote` by `view` too, for as long as that lives.
@@ -112,7 +117,8 @@ impl PacedSocket {
 #[derive(Debug)]
 pub(crate) struct Pacing {
     socket: Arc<PacedSocket>,
-    path: Mutex<Option<(SocketAddr, Arc<PathView>)>>,
+    /// Where the peer is, and the view of the way there; of other controllers than ours there is none.
+    path: Mutex<Option<(SocketAddr, Option<Arc<PathView>>)>>,
 }
 
 impl Pacing {
@@ -127,21 +133,25 @@ impl Pacing {
         if path.as_ref().is_some_and(|(known, _)| *known == remote) {
             return;
         }
-        *path = PathView::of(connection).map(|view| {
-            self.socket.pace(remote, &view);
-            (remote, view)
-        });
+        let view = PathView::of(connection);
+        if let Some(view) = &view {
+            self.socket.pace(remote, view);
+        }
+        *path = Some((remote, view));
     }
 
     /// What the controller knows of the path: its pacing rate and what it is thought to carry, in
     /// bytes a second; 0 while that is not known.
     pub(crate) fn rates(&self) -> [u64; 2] {
-        self.path().as_ref().map_or([0; 2], |(_, view)| {
-            [&view.pacing_rate, &view.bandwidth].map(|rate| rate.load(Ordering::Relaxed))
-        })
+        match &*self.path() {
+            Some((_, Some(view))) => {
+                [&view.pacing_rate, &view.bandwidth].map(|rate| rate.load(Ordering::Relaxed))
+            }
+            _ => [0; 2],
+        }
     }
 
-    fn path(&self) -> MutexGuard<'_, Option<(SocketAddr, Arc<PathView>)>> {
+    fn path(&self) -> MutexGuard<'_, Option<(SocketAddr, Option<Arc<PathView>>)>> {
         self.path.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -187,13 +197,12 @@ impl AsyncUdpSocket for PacedSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        let most = self.inner.max_transmit_segments();
         let slowest = self.lanes().values_mut().filter_map(Lane::rate).reduce(f64::min);
-        slowest.map_or(most, |rate| {
+        slowest.map_or(self.segments, |rate| {
             // A batch is stamped as sent before it is refused here: what it then waits for the batch
             // before it would look like a queue on the path.
             let batch = rate * BATCH_TIME.as_secs_f64() / f64::from(ETHERNET_PAYLOAD);
-            (batch as usize).clamp(1, most)
+            (batch as usize).clamp(1, self.segments)
         })
     }
 

@@ -5,15 +5,11 @@
 //! UDP message holds, the kernel refuses, quinn drops the packets without a word, takes it for an
 //! MTU black hole and falls back to 1200 bytes for a minute.
 
-use std::fmt;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
-use quinn::udp::{RecvMeta, Transmit};
-use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
+use quinn::{AsyncUdpSocket, Runtime, TokioRuntime};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Largest payload of one UDP message over IPv4: 65535 - 20 - 8.
@@ -55,60 +51,10 @@ fn warn_if_capped(buffer: &str, setting: &str, asked: usize, granted: Option<usi
     }
 }
 
-/// A socket that hands at most as many segments to the kernel as fit into one UDP message.
-pub(crate) struct SegmentLimit {
-    inner: Arc<dyn AsyncUdpSocket>,
-    segments: usize,
-}
-
-impl SegmentLimit {
-    /// Limits `inner` for payloads of up to `max_payload` bytes.
-    pub(crate) fn new(inner: Arc<dyn AsyncUdpSocket>, max_payload: u16) -> Arc<Self> {
-        let fitting = usize::from(MAX_UDP_PAYLOAD / max_payload.max(1));
-        let segments = inner.max_transmit_segments().min(fitting).max(1);
-        Arc::new(Self { inner, segments })
-    }
-}
-
-impl fmt::Debug for SegmentLimit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SegmentLimit").field("segments", &self.segments).finish_non_exhaustive()
-    }
-}
-
-impl AsyncUdpSocket for SegmentLimit {
-    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        Arc::clone(&self.inner).create_io_poller()
-    }
-
-    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.inner.try_send(transmit)
-    }
-
-    fn poll_recv(
-        &self,
-        cx: &mut Context<'_>,
-        bufs: &mut [IoSliceMut<'_>],
-        meta: &mut [RecvMeta],
-    ) -> Poll<io::Result<usize>> {
-        self.inner.poll_recv(cx, bufs, meta)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.inner.local_addr()
-    }
-
-    fn max_transmit_segments(&self) -> usize {
-        self.segments
-    }
-
-    fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
-    }
-
-    fn may_fragment(&self) -> bool {
-        self.inner.may_fragment()
-    }
+/// How many segments of up to `max_payload` bytes each may be handed to `socket` in one message.
+pub(crate) fn segments_in_a_message(socket: &dyn AsyncUdpSocket, max_payload: u16) -> usize {
+    let fitting = usize::from(MAX_UDP_PAYLOAD / max_payload.max(1));
+    socket.max_transmit_segments().min(fitting).max(1)
 }
 
 #[cfg(test)]
@@ -120,7 +66,7 @@ mod tests {
         let socket = bind("127.0.0.1:0".parse().unwrap(), 1 << 16).unwrap();
         let inner = socket.max_transmit_segments();
         for payload in [1200, 1452, 6550, 6600, 8952, 65_507] {
-            let segments = SegmentLimit::new(socket.clone(), payload).max_transmit_segments();
+            let segments = segments_in_a_message(&*socket, payload);
             assert!(segments * usize::from(payload) <= usize::from(MAX_UDP_PAYLOAD));
             assert!(segments == inner || (segments + 1) * usize::from(payload) > 65_507);
         }

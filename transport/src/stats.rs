@@ -10,6 +10,7 @@ use std::time::Duration;
 use quinn::ConnectionStats;
 
 use crate::class::Class;
+use crate::congestion::carried;
 
 /// Bytes of an IPv4 and a UDP header, without options (RFC 791, RFC 768).
 pub const IPV4_UDP_HEADER: u64 = 20 + 8;
@@ -66,7 +67,7 @@ impl PathStats {
     pub fn holds(&self) -> u64 {
         match self.bandwidth {
             0 => self.cwnd,
-            rate => held_bytes(rate, self.min_rtt),
+            rate => carried(rate, self.min_rtt),
         }
     }
 
@@ -127,12 +128,6 @@ impl Counters {
             classes,
         }
     }
-}
-
-/// Bytes that a path holds that delivers `rate` bytes a second and takes that long.
-pub(crate) fn held_bytes(rate: u64, rtt: Duration) -> u64 {
-    let bytes = u128::from(rate) * rtt.as_nanos() / 1_000_000_000;
-    u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
 /// IP and UDP header of one datagram to `remote`.

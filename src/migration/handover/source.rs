@@ -30,10 +30,10 @@ pub enum SourceState {
     GivingUp,
     /// That word is durable, and was perhaps not carried out.
     GaveUp,
-    /// A word that may be durable, and was not followed, is being written over.
-    Withdrawing,
     /// It was carried out. The target still has to be asked.
     Left,
+    /// A word that may be durable, and was not followed, is being written over.
+    Withdrawing,
 }
 
 /// What can happen to the source.

@@ -17,7 +17,7 @@ use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 
@@ -167,7 +167,7 @@ impl JournalDir {
         let _ = if is { durable.insert(job) } else { durable.remove(&job) };
     }
 
-    fn lock_durable(&self) -> std::sync::MutexGuard<'_, HashSet<JobId>> {
+    fn lock_durable(&self) -> MutexGuard<'_, HashSet<JobId>> {
         // Whole after every operation.
         self.durable.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -266,9 +266,6 @@ impl<'a> Leaving<'a> {
 
     /// Asks the target once more, if there is something to ask; what it says, if it is reached.
     async fn ask_again(&mut self) -> Option<SourceEvent> {
-        if self.machine.state() == SourceState::Withdrawing {
-            return None;
-        }
         match self.machine.on(SourceEvent::Retry)[..] {
             [SourceEffect::Ask(standing)] => self.ask(standing).await,
             _ => None,

@@ -5,8 +5,8 @@
 //!  Startup -> Drain -> ProbeBW: Down -> Cruise -> Refill -> Up -> Down ..
 //!                         any state --(lowest round trip too old)--> ProbeRTT -> back
 //! ```
-//! Invariant: the pacing rate is a gain times the bandwidth of the model, and the window is at least
-//! four packets; one loss changes neither.
+//! Invariant: once the pipe was full the pacing rate is a gain times the bandwidth of the model, and the
+//! window never falls below [`WINDOW_MIN_PACKETS`]; one loss changes neither.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -31,6 +31,10 @@ const FULL_ROUNDS: u32 = 3;
 const FULL_GROWTH: f64 = 1.25;
 /// Timers and batches of packets: what may be in flight beyond the model's BDP.
 const QUANTUM_TIME: Duration = Duration::from_millis(2);
+/// Rounds whose extra acknowledgements are forgotten together.
+const EXTRA_ROUNDS: u32 = 5;
+/// A queue of one part in so many of the round trip ends the start.
+const STARTUP_QUEUE_SHARE: u32 = 4;
 /// Share of a flight whose loss says that it was too large.
 const LOSS_PERCENT: u64 = 2;
 /// Fewer lost packets than this say nothing about a share.
@@ -80,7 +84,7 @@ pub(super) struct Bbr {
     pub(super) min_rtt: Option<Duration>,
     pub(super) min_rtt_at: Instant,
     full: FullPipe,
-    /// How much more was acknowledged than the bandwidth explains, by five rounds each.
+    /// How much more was acknowledged than the bandwidth explains, by [`EXTRA_ROUNDS`] each.
     extra_acked: [u64; 2],
     extra_rounds: u32,
     ack_epoch: (Instant, u64),
@@ -247,7 +251,7 @@ impl Bbr {
     fn update_extra_acked(&mut self, now: Instant, acked: u64) {
         if self.round_start && self.full.reached {
             self.extra_rounds += 1;
-            if self.extra_rounds >= 5 {
+            if self.extra_rounds >= EXTRA_ROUNDS {
                 (self.extra_rounds, self.extra_acked) = (0, [self.extra_acked[1], 0]);
             }
         }
@@ -287,19 +291,16 @@ impl Bbr {
     }
 
     fn advance(&mut self, now: Instant, sample: &Sample, in_flight: u64, acked: u64) {
-        match self.state {
-            State::Startup => {
-                // The draft waits for three rounds without growth, in which a whole BDP is queued or
-                // lost. A queue that is seen says the same sooner.
-                let queued = !sample.app_limited && self.is_queued(4);
-                self.full.reached |= queued;
-                if self.full.reached {
-                    self.state = State::Drain;
-                }
+        if self.state == State::ProbeBw {
+            self.probe_bandwidth(now, sample, in_flight, acked);
+        }
+        if self.state == State::Startup {
+            // The draft waits for three rounds without growth, in which a whole BDP is queued or
+            // lost. A queue that is seen says the same sooner.
+            self.full.reached |= !sample.app_limited && self.is_queued(STARTUP_QUEUE_SHARE);
+            if self.full.reached {
+                self.state = State::Drain;
             }
-            State::Drain => {}
-            State::ProbeBw => self.probe_bandwidth(now, sample, in_flight, acked),
-            State::ProbeRtt { .. } => {}
         }
         if self.state == State::Drain && in_flight <= self.bdp(1.0) {
             self.enter_probe_bw(now);
@@ -331,11 +332,8 @@ impl Bbr {
     }
 
     fn end_round(&mut self, sample: Option<&Sample>) {
-        let probing = matches!(self.state, State::Startup)
-            || matches!(
-                (self.state, self.cycle.phase),
-                (State::ProbeBw, Phase::Refill | Phase::Up)
-            );
+        let probing =
+            self.state == State::ProbeBw && matches!(self.cycle.phase, Phase::Refill | Phase::Up);
         if self.is_too_much(self.round_lost, self.round_lost + self.round_delivered) {
             match self.state {
                 // Bursts of loss come alone. What a rival or a policer takes stays away.
@@ -463,7 +461,7 @@ impl Bbr {
 }
 
 /// Bytes that `rate` bytes a second are in `span`.
-pub(super) fn carried(rate: u64, span: Duration) -> u64 {
+pub(crate) fn carried(rate: u64, span: Duration) -> u64 {
     let bytes = u128::from(rate) * span.as_nanos() / 1_000_000_000;
     u64::try_from(bytes).unwrap_or(WINDOW_MAX)
 }

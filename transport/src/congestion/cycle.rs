@@ -49,16 +49,6 @@ impl Phase {
     }
 }
 
-/// Which probe the acknowledgements of now belong to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Acks {
-    /// None: they are of a time that did not probe.
-    Idle,
-    ProbeStarting,
-    ProbeFeedback,
-    ProbeStopping,
-}
-
 /// The cycle's own state.
 #[derive(Debug, Clone)]
 pub(super) struct Cycle {
@@ -67,7 +57,8 @@ pub(super) struct Cycle {
     pub(super) rounds: u64,
     since: Instant,
     wait: Duration,
-    acks: Acks,
+    /// The acknowledgements of this round are still of the probe that has ended.
+    ends_probe: bool,
     up_rounds: u32,
     up_acks: u64,
     up_count: u64,
@@ -86,7 +77,7 @@ impl Cycle {
             rounds: 0,
             since: now,
             wait: PROBE_WAIT,
-            acks: Acks::Idle,
+            ends_probe: false,
             up_rounds: 0,
             up_acks: 0,
             up_count: u64::MAX,
@@ -106,7 +97,7 @@ impl Bbr {
         self.cycle.wait = wait + Duration::from_millis(jitter);
         self.cycle.rounds = 0;
         self.cycle.since = now;
-        self.cycle.acks = Acks::ProbeStopping;
+        self.cycle.ends_probe = true;
         self.cycle.phase = Phase::Down;
         self.start_round();
     }
@@ -120,13 +111,12 @@ impl Bbr {
         self.cycle.was_too_much = false;
         self.cycle.up_rounds = 0;
         self.cycle.up_acks = 0;
-        self.cycle.acks = Acks::Idle;
+        self.cycle.ends_probe = false;
         self.cycle.phase = Phase::Refill;
         self.start_round();
     }
 
     fn start_up(&mut self, now: Instant) {
-        self.cycle.acks = Acks::ProbeStarting;
         self.cycle.since = now;
         self.cycle.phase = Phase::Up;
         self.start_round();
@@ -179,17 +169,8 @@ impl Bbr {
     }
 
     fn adapt_long(&mut self, sample: &Sample, acked: u64) {
-        if self.round_start {
-            match self.cycle.acks {
-                Acks::ProbeStarting => self.cycle.acks = Acks::ProbeFeedback,
-                Acks::ProbeStopping => {
-                    self.cycle.acks = Acks::Idle;
-                    if !sample.app_limited {
-                        self.next_rate_cycle();
-                    }
-                }
-                Acks::Idle | Acks::ProbeFeedback => {}
-            }
+        if self.round_start && std::mem::take(&mut self.cycle.ends_probe) && !sample.app_limited {
+            self.next_rate_cycle();
         }
         let flight = sample.flight;
         let Some(long) = self.flight_long else { return };
@@ -238,13 +219,10 @@ impl Bbr {
         // A burst of loss that has nothing to do with us looks like this, and rarely comes twice.
         if !self.is_queued(MIN_RTT_SHARE) && self.cycle.suspicions < SUSPICIONS {
             self.cycle.suspicions += 1;
-            if self.cycle.phase == Phase::Up {
-                self.start_down(now);
-            }
-            return;
+        } else {
+            let least = self.bdp(1.0).min(self.window()) * BETA_PERCENT / 100;
+            self.flight_long = Some(flight.max(least));
         }
-        let least = self.bdp(1.0).min(self.window()) * BETA_PERCENT / 100;
-        self.flight_long = Some(flight.max(least));
         if self.cycle.phase == Phase::Up {
             self.start_down(now);
         }

@@ -18,6 +18,7 @@ use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 
 use self::bbr::Bbr;
+pub(crate) use self::bbr::carried;
 
 /// Window before anything is known, in bytes.
 pub(crate) const INITIAL_WINDOW: u64 = 32 * 1200;
