@@ -27,6 +27,10 @@ pub(crate) enum CloseCode {
     Busy = 4,
     /// This side does not want to go on; the reason says why.
     Refused = 5,
+    /// This side does not know the session that the other wants to go on with.
+    Forgotten = 6,
+    /// The session goes on over another connection.
+    Replaced = 7,
 }
 
 impl CloseCode {
@@ -69,6 +73,10 @@ pub enum CloseReason {
     /// Nothing was heard for the idle timeout, or the peer does not know the connection any more.
     #[error("the link to the peer is cut or the peer has restarted")]
     Cut,
+    /// The link was cut, and where it was made again the peer did not know the session: its agent has
+    /// restarted, or did not wait for long enough.
+    #[error("the link was cut, and the peer's agent has restarted or given the session up since")]
+    Forgotten,
     /// The peer broke the protocol above QUIC.
     #[error("the peer broke the protocol: {detail}")]
     Violation {
@@ -88,7 +96,7 @@ impl CloseReason {
     /// anything. QUIC's own failures count: one of them is a receiver that gives up on a stream
     /// with too many gaps, which a new connection cures.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Cut | Self::Shutdown { .. } | Self::Transport { .. })
+        matches!(self, Self::Cut | Self::Forgotten | Self::Shutdown { .. } | Self::Transport { .. })
     }
 
     /// The reason in what QUIC reports. `local` is what this side gave when it closed.
@@ -104,6 +112,11 @@ impl CloseReason {
                     Self::Clean { reason }
                 } else if is(CloseCode::Shutdown) || is(CloseCode::Busy) {
                     Self::Shutdown { reason }
+                } else if is(CloseCode::Forgotten) {
+                    Self::Forgotten
+                } else if is(CloseCode::Replaced) {
+                    // And then no other connection came.
+                    Self::Cut
                 } else {
                     Self::Refused { reason }
                 }

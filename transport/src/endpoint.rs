@@ -7,19 +7,19 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use quinn::{
-    AsyncUdpSocket, ConnectionError, EndpointConfig, Incoming, Runtime, TokioRuntime,
-    TransportErrorCode,
-};
+use quinn::{AsyncUdpSocket, EndpointConfig, Incoming, Runtime, TokioRuntime};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use crate::close::{CloseCode, CloseReason, readable};
+use crate::close::CloseCode;
+use crate::dial::Dial;
 use crate::errors::{BindError, ConnectError};
 use crate::fingerprint::Fingerprint;
-use crate::frame::{Hello, PROTOCOL_VERSION};
+use crate::frame::{Hello, PROTOCOL_VERSION, SessionId};
 use crate::greeting::{self, GreetingError};
-use crate::identity::{CERTIFICATE_NAME, Identity};
+use crate::identity::Identity;
+use crate::keeper::{Arrival, Registry, Role};
+use crate::link::Line;
 use crate::pace::PacedSocket;
 use crate::reset::{self, ResetKey};
 use crate::session::{Session, canonical};
@@ -40,15 +40,17 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_TIME: Duration = Duration::from_secs(2);
 
 /// What accepting and connecting need; shared with the tasks.
-struct Shared {
-    quic: quinn::Endpoint,
-    identity: Identity,
+pub(crate) struct Shared {
+    pub(crate) quic: quinn::Endpoint,
+    pub(crate) identity: Identity,
     trust: Arc<dyn Trust>,
-    hello: Hello,
+    /// The greeting, without a session.
+    pub(crate) hello: Hello,
     server: quinn::ServerConfig,
-    transport: Arc<quinn::TransportConfig>,
-    connection_window: u64,
+    pub(crate) transport: Arc<quinn::TransportConfig>,
+    pub(crate) tuning: Tuning,
     paced: Arc<PacedSocket>,
+    registry: Arc<Registry>,
 }
 
 struct Inner {
@@ -157,11 +159,14 @@ impl Endpoint {
                 protocol,
                 capabilities: tuning.capabilities,
                 agent_version: tuning.agent_version.clone(),
+                session: SessionId::default(),
+                goes_on: None,
             },
             server,
             transport,
-            connection_window: tuning.connection_window(),
+            tuning,
             paced: socket,
+            registry: Arc::default(),
         });
         let (sessions, accepted) = mpsc::channel(ACCEPT_BACKLOG);
         let accepting = tokio::spawn(accept_all(shared.clone(), sessions));
@@ -187,24 +192,25 @@ impl Endpoint {
         addr: SocketAddr,
         expected: Fingerprint,
     ) -> Result<Session, ConnectError> {
-        let shared = &self.0.shared;
-        let presented = Presented::default();
-        let connecting = shared.start(addr, Expect::Key(expected), presented.clone())?;
+        let dial = self.dial(addr, expected);
         let attempt = async {
-            let connection = connecting.await.map_err(GreetingError::Lost)?;
-            let (send, recv, hello) = greeting::connect(&connection, &shared.hello).await?;
-            Ok((connection, send, recv, hello))
+            let connection = dial.first().await?;
+            match greeting::connect(&connection, &dial.hello(None)).await {
+                Ok(greeted) => Ok((connection, greeted)),
+                Err(error) => Err(dial.failed(&Presented::default(), error)),
+            }
         };
-        let (connection, send, recv, hello) =
-            match tokio::time::timeout(HANDSHAKE_TIMEOUT, attempt).await {
-                Ok(Ok(connected)) => connected,
-                Ok(Err(error)) => {
-                    return Err(shared.connect_error(addr, Some(expected), &presented, error));
-                }
-                Err(_) => return Err(ConnectError::Unreachable { addr }),
-            };
-        let window = shared.connection_window;
-        Ok(Session::new(connection, expected, hello, (send, recv), window, shared.paced.clone()))
+        let (connection, (send, recv, theirs)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, attempt)
+            .await
+            .unwrap_or(Err(ConnectError::Unreachable { addr }))?;
+        let shared = &self.0.shared;
+        Ok(shared.session(connection, expected, &theirs, (send, recv), Role::Dialer(dial)))
+    }
+
+    /// Where a new session is to be, and its name.
+    pub(crate) fn dial(&self, addr: SocketAddr, expected: Fingerprint) -> Dial {
+        let session = SessionId(rand::random());
+        Dial { shared: self.0.shared.clone(), addr, expected, session }
     }
 
     /// Learns the fingerprint of the agent at `addr`, for an operator to compare before pairing.
@@ -216,7 +222,8 @@ impl Endpoint {
     pub async fn probe(&self, addr: SocketAddr) -> Result<Fingerprint, ConnectError> {
         let shared = &self.0.shared;
         let presented = Presented::default();
-        let connecting = shared.start(addr, Expect::Probe, presented.clone())?;
+        let transport = shared.transport.clone();
+        let connecting = shared.start(addr, Expect::Probe, presented.clone(), transport)?;
         let error = match tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await {
             Ok(Ok(connection)) => {
                 connection.close(CloseCode::Done.value(), b"probed");
@@ -247,76 +254,17 @@ impl Endpoint {
 }
 
 impl Shared {
-    fn start(
+    /// Makes a session of a connection whose greeting is done.
+    fn session(
         &self,
-        addr: SocketAddr,
-        expect: Expect,
-        presented: Presented,
-    ) -> Result<quinn::Connecting, ConnectError> {
-        let crypto = tls::client(&self.identity, expect, presented)?;
-        let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-        config.transport_config(self.transport.clone());
-        self.quic
-            .connect_with(config, addr, CERTIFICATE_NAME)
-            .map_err(|source| ConnectError::Local { addr, source })
-    }
-
-    fn connect_error(
-        &self,
-        addr: SocketAddr,
-        expected: Option<Fingerprint>,
-        presented: &Presented,
-        error: GreetingError,
-    ) -> ConnectError {
-        let error = match error {
-            GreetingError::Version { theirs } => {
-                return ConnectError::Version { addr, ours: self.hello.protocol, theirs };
-            }
-            GreetingError::Frame(error) => {
-                return ConnectError::NotAnAgent { addr, detail: error.to_string() };
-            }
-            GreetingError::Stream => {
-                let detail = "it ended the greeting early".to_owned();
-                return ConnectError::NotAnAgent { addr, detail };
-            }
-            GreetingError::Lost(error) => error,
-        };
-        if let (Some(expected), Some(presented)) = (expected, presented.get())
-            && expected != presented
-        {
-            return ConnectError::WrongKey { addr, expected, presented };
-        }
-        let no_alpn = TransportErrorCode::crypto(tls::ALERT_NO_APPLICATION_PROTOCOL);
-        match &error {
-            ConnectionError::TimedOut => ConnectError::Unreachable { addr },
-            ConnectionError::ConnectionClosed(close)
-                if close.error_code == TransportErrorCode::CONNECTION_REFUSED =>
-            {
-                ConnectError::Busy { addr }
-            }
-            ConnectionError::ConnectionClosed(close) if close.error_code == no_alpn => {
-                let detail = "it does not speak this application protocol".to_owned();
-                ConnectError::NotAnAgent { addr, detail }
-            }
-            ConnectionError::VersionMismatch => {
-                let detail = "it speaks another version of QUIC".to_owned();
-                ConnectError::NotAnAgent { addr, detail }
-            }
-            ConnectionError::ApplicationClosed(close)
-                if close.error_code == CloseCode::Busy.value() =>
-            {
-                ConnectError::Busy { addr }
-            }
-            ConnectionError::ApplicationClosed(close) => {
-                ConnectError::Refused { addr, reason: readable(&close.reason) }
-            }
-            other => match CloseReason::from_quic(other, None) {
-                CloseReason::NotPaired => {
-                    ConnectError::NotPaired { addr, ours: self.identity.fingerprint() }
-                }
-                reason => ConnectError::Failed { addr, reason },
-            },
-        }
+        connection: quinn::Connection,
+        peer: Fingerprint,
+        theirs: &Hello,
+        control: (quinn::SendStream, quinn::RecvStream),
+        role: Role,
+    ) -> Session {
+        let line = Arc::new(Line::first(connection, self.paced.clone()));
+        Session::begin(line, peer, theirs, control, role, self.tuning.connection_window())
     }
 }
 
@@ -392,27 +340,56 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
             return;
         }
     };
-    match greeting::accept(&connection, &shared.hello).await {
-        Ok((send, recv, hello)) => {
-            // Room first: a session in the queue is one that will be taken.
-            let Ok(place) = sessions.reserve().await else {
-                connection.close(CloseCode::Shutdown.value(), b"the agent stops");
-                return;
-            };
-            let window = shared.connection_window;
-            let socket = shared.paced.clone();
-            place.send(Session::new(connection, fingerprint, hello, (send, recv), window, socket));
+    let heard = match greeting::hear(&connection, &shared.hello).await {
+        Ok(heard) => heard,
+        Err(GreetingError::Version { theirs }) => {
+            tracing::warn!(
+                %fingerprint,
+                %peer,
+                ours = shared.hello.protocol,
+                theirs,
+                "refused a paired agent that speaks another protocol version: install the same \
+                 release on both"
+            );
+            return;
         }
-        Err(GreetingError::Version { theirs }) => tracing::warn!(
-            %fingerprint,
-            %peer,
-            ours = shared.hello.protocol,
-            theirs,
-            "refused a paired agent that speaks another protocol version: install the same \
-             release on both"
-        ),
-        Err(error) => tracing::warn!(%fingerprint, %peer, ?error, "a paired agent did not greet"),
+        Err(GreetingError::Lost(error)) => {
+            tracing::debug!(%fingerprint, %peer, %error, "a paired agent left before it greeted");
+            return;
+        }
+        Err(error) => {
+            tracing::warn!(%fingerprint, %peer, ?error, "a paired agent did not greet");
+            return;
+        }
+    };
+    let (mut send, recv, theirs) = heard;
+    if let Some(seen) = theirs.goes_on {
+        let answer = Hello { session: theirs.session, ..shared.hello.clone() };
+        let control = (send, recv);
+        let arrival = Arrival { connection: connection.clone(), control, seen, answer };
+        let known = shared.registry.find(fingerprint, theirs.session);
+        if known.is_none_or(|session| session.try_send(arrival).is_err()) {
+            connection.close(CloseCode::Forgotten.value(), b"this agent has no such session");
+        }
+        return;
     }
+    let Some(registered) = shared.registry.enter(fingerprint, theirs.session) else {
+        tracing::warn!(%fingerprint, %peer, "a paired agent has too many sessions here");
+        connection.close(CloseCode::Busy.value(), b"you have too many sessions here");
+        return;
+    };
+    let hello = Hello { session: theirs.session, ..shared.hello.clone() };
+    if let Err(error) = greeting::answer(&mut send, &hello).await {
+        tracing::debug!(%fingerprint, %peer, ?error, "a paired agent left over the greeting");
+        return;
+    }
+    // Room first: a session in the queue is one that will be taken.
+    let Ok(place) = sessions.reserve().await else {
+        connection.close(CloseCode::Shutdown.value(), b"the agent stops");
+        return;
+    };
+    let role = Role::Listener(registered);
+    place.send(shared.session(connection, fingerprint, &theirs, (send, recv), role));
 }
 
 #[cfg(test)]

@@ -78,17 +78,17 @@ pub(crate) async fn connect(
     }
 }
 
-/// Greets as the side that listens.
-pub(crate) async fn accept(
-    connection: &Connection,
-    ours: &Hello,
-) -> Result<Greeted, GreetingError> {
+/// Hears the greeting as the side that listens, which is to be answered unless the versions differ:
+/// then it is, with `ours`.
+pub(crate) async fn hear(connection: &Connection, ours: &Hello) -> Result<Greeted, GreetingError> {
     let result = async {
         let (mut send, mut recv) = connection.accept_bi().await?;
         // Fails only if the stream is closed; the write then says so.
         let _ = send.set_priority(CONTROL_PRIORITY);
         let theirs = read(&mut recv).await?;
-        send.write_all(&ours.encode()).await?;
+        if theirs.protocol != ours.protocol {
+            answer(&mut send, ours).await?;
+        }
         Ok((send, recv, theirs))
     }
     .await;
@@ -101,8 +101,13 @@ pub(crate) async fn accept(
             close(connection, ours, &error);
             Err(error)
         }
-        greeted => greeted,
+        heard => heard,
     }
+}
+
+/// Answers a greeting that was heard.
+pub(crate) async fn answer(send: &mut SendStream, ours: &Hello) -> Result<(), GreetingError> {
+    Ok(send.write_all(&ours.encode()).await?)
 }
 
 fn settle(result: Result<Greeted, GreetingError>, ours: &Hello) -> Result<Greeted, GreetingError> {

@@ -1,9 +1,10 @@
 //! Batches that arrive: read concurrently, handed out by urgency, bounded in memory.
 //!
 //! Invariant: no byte of a batch is stored before its whole length has been reserved from a budget,
-//! and urgent classes have a budget of their own that bulk cannot use up.
+//! and urgent classes have a budget of their own that bulk cannot use up. What a lost connection has
+//! brought of a batch is kept, room and all, for the next one to go on with.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
@@ -13,7 +14,8 @@ use tokio::task::JoinSet;
 
 use crate::class::Class;
 use crate::frame::{BATCH_HEAD, BatchHead, FrameError};
-use crate::session::Link;
+use crate::link::Link;
+use crate::tuning::MAX_UNI_STREAMS;
 
 /// Memory for batches of bulk classes that are being received or wait for [`recv_batch`].
 ///
@@ -41,10 +43,21 @@ struct Queues {
     ended: bool,
 }
 
-/// Complete batches that nobody has taken yet.
+/// A batch of which not all is here.
+#[derive(Debug)]
+struct Part {
+    class: Class,
+    length: usize,
+    body: BytesMut,
+    room: OwnedSemaphorePermit,
+}
+
+/// Complete batches that nobody has taken yet, and parts of others.
 #[derive(Debug)]
 pub(crate) struct Inbox {
     queues: Mutex<Queues>,
+    /// Parts that a lost connection has left, by number.
+    parts: Mutex<HashMap<u64, Part>>,
     changed: Notify,
     bulk: Arc<Semaphore>,
     urgent: Arc<Semaphore>,
@@ -54,6 +67,7 @@ impl Inbox {
     pub(crate) fn new() -> Self {
         Self {
             queues: Mutex::default(),
+            parts: Mutex::default(),
             changed: Notify::new(),
             bulk: Arc::new(Semaphore::new(INBOUND_BULK_BYTES / GRAIN)),
             urgent: Arc::new(Semaphore::new(INBOUND_URGENT_BYTES / GRAIN)),
@@ -83,14 +97,52 @@ impl Inbox {
         }
     }
 
+    /// Bytes that bulk may still take.
+    #[cfg(test)]
+    pub(crate) fn bulk_room(&self) -> usize {
+        self.bulk.available_permits() * GRAIN
+    }
+
     fn push(&self, batch: Batch, room: OwnedSemaphorePermit) {
         self.queues().arrived[batch.class.index()].push_back((batch, room));
         self.changed.notify_waiters();
     }
 
-    fn end(&self) {
+    /// Nothing more will come: readers end behind what is here.
+    pub(crate) fn end(&self) {
+        self.bulk.close();
+        self.urgent.close();
+        self.parts().clear();
         self.queues().ended = true;
         self.changed.notify_waiters();
+    }
+
+    fn parts(&self) -> MutexGuard<'_, HashMap<u64, Part>> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is here of batches that are not whole: their numbers, and how many bytes.
+    pub(crate) fn list_parts(&self) -> Vec<(u64, u32)> {
+        let mut list: Vec<_> = self
+            .parts()
+            .iter()
+            .filter_map(|(&number, part)| Some((number, u32::try_from(part.body.len()).ok()?)))
+            .collect();
+        list.sort_unstable();
+        list
+    }
+
+    /// The sender has given batch `number` up.
+    pub(crate) fn drop_part(&self, number: u64) {
+        self.parts().remove(&number);
+    }
+
+    fn keep_part(&self, number: u64, part: Part) {
+        let mut parts = self.parts();
+        // An honest peer has no more batches on the way; what is not kept comes again.
+        if parts.len() < MAX_UNI_STREAMS as usize {
+            parts.insert(number, part);
+        }
     }
 
     /// Waits for room for a batch of `length` bytes; `None` if the connection ended meanwhile.
@@ -101,7 +153,7 @@ impl Inbox {
     }
 }
 
-/// Receives batches until the connection ends. At most as many streams as QUIC lets the peer open
+/// Receives batches until the connection is lost. At most as many streams as QUIC lets the peer open
 /// are read at a time.
 pub(crate) async fn receive(connection: Connection, link: Arc<Link>) {
     let mut readers = JoinSet::new();
@@ -116,62 +168,91 @@ pub(crate) async fn receive(connection: Connection, link: Arc<Link>) {
             Some(_) = readers.join_next() => {}
         }
     }
-    // Whoever waits for room will not get the bytes any more.
-    link.inbox.bulk.close();
-    link.inbox.urgent.close();
     while readers.join_next().await.is_some() {}
-    link.inbox.end();
 }
 
 async fn receive_one(mut stream: RecvStream, connection: Connection, link: Arc<Link>) {
-    match read_batch(&mut stream, &link.inbox).await {
-        Ok((batch, room)) => {
+    let received = match read_batch(&mut stream, &connection, &link.inbox).await {
+        Ok((number, batch, room)) => {
             link.counters.count_received(batch.class, batch.body.len());
             link.inbox.push(batch, room);
+            link.receipts.acknowledge(number)
         }
         // A batch that its sender abandoned; nothing of it is kept.
-        Err(ReadBatchError::Abandoned) => tracing::debug!("the peer abandoned a batch"),
-        Err(ReadBatchError::Ended) => {}
-        Err(ReadBatchError::Frame(error)) => link.violation(&connection, &error),
+        Err(ReadBatchError::Abandoned) => {
+            tracing::debug!("the peer abandoned a batch");
+            Ok(())
+        }
+        Err(ReadBatchError::Lost(None)) => Ok(()),
+        Err(ReadBatchError::Lost(Some((number, part)))) => {
+            link.inbox.keep_part(number, *part);
+            Ok(())
+        }
+        Err(ReadBatchError::Frame(error)) => Err(error),
+    };
+    if let Err(error) = received {
+        link.violation(&connection, &error);
     }
 }
 
 enum ReadBatchError {
     Abandoned,
-    Ended,
+    /// With the connection; and what it has brought.
+    Lost(Option<(u64, Box<Part>)>),
     Frame(FrameError),
-}
-
-impl From<ReadError> for ReadBatchError {
-    fn from(error: ReadError) -> Self {
-        match error {
-            ReadError::Reset(_) => Self::Abandoned,
-            _ => Self::Ended,
-        }
-    }
 }
 
 async fn read_batch(
     stream: &mut RecvStream,
+    connection: &Connection,
     inbox: &Inbox,
-) -> Result<(Batch, OwnedSemaphorePermit), ReadBatchError> {
+) -> Result<(u64, Batch, OwnedSemaphorePermit), ReadBatchError> {
     let what = "batch";
     let mut head = [0; BATCH_HEAD];
     stream.read_exact(&mut head).await.map_err(|error| match error {
         ReadExactError::FinishedEarly(_) => ReadBatchError::Frame(FrameError::Truncated { what }),
-        ReadExactError::ReadError(error) => error.into(),
+        ReadExactError::ReadError(ReadError::Reset(_)) => ReadBatchError::Abandoned,
+        ReadExactError::ReadError(_) => ReadBatchError::Lost(None),
     })?;
-    let BatchHead { class, length } = BatchHead::decode(head).map_err(ReadBatchError::Frame)?;
-    let room = inbox.room(class, length).await.ok_or(ReadBatchError::Ended)?;
-    let mut body = BytesMut::with_capacity(length);
-    while let Some(chunk) = stream.read_chunk(READ_AT_ONCE, true).await? {
-        if chunk.bytes.len() > length - body.len() {
-            return Err(ReadBatchError::Frame(FrameError::Trailing { what }));
+    let head = BatchHead::decode(head).map_err(ReadBatchError::Frame)?;
+    let number = head.number;
+    let before = inbox.parts().remove(&number);
+    let mut part = match before {
+        Some(part) if head.offset > 0 => part,
+        // An earlier part of a batch that begins anew is let go.
+        _ => {
+            let room = tokio::select! {
+                room = inbox.room(head.class, head.length) => room,
+                _ = connection.closed() => None,
+            };
+            let room = room.ok_or(ReadBatchError::Lost(None))?;
+            Part {
+                class: head.class,
+                length: head.length,
+                body: BytesMut::with_capacity(head.length),
+                room,
+            }
         }
-        body.extend_from_slice(&chunk.bytes);
+    };
+    if (part.class, part.length, part.body.len()) != (head.class, head.length, head.offset) {
+        let offset = head.offset as u64;
+        return Err(ReadBatchError::Frame(FrameError::Offset { number, offset }));
     }
-    if body.len() < length {
-        return Err(ReadBatchError::Frame(FrameError::Truncated { what }));
+    loop {
+        match stream.read_chunk(READ_AT_ONCE, true).await {
+            Ok(Some(chunk)) if chunk.bytes.len() > part.length - part.body.len() => {
+                return Err(ReadBatchError::Frame(FrameError::Trailing { what }));
+            }
+            Ok(Some(chunk)) => part.body.extend_from_slice(&chunk.bytes),
+            Ok(None) if part.body.len() < part.length => {
+                return Err(ReadBatchError::Frame(FrameError::Truncated { what }));
+            }
+            Ok(None) => {
+                let batch = Batch { class: part.class, body: part.body.freeze() };
+                return Ok((number, batch, part.room));
+            }
+            Err(ReadError::Reset(_)) => return Err(ReadBatchError::Abandoned),
+            Err(_) => return Err(ReadBatchError::Lost(Some((number, Box::new(part))))),
+        }
     }
-    Ok((Batch { class, body: body.freeze() }, room))
 }

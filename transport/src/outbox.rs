@@ -1,19 +1,23 @@
 //! Batches that leave: one stream each, by urgency, under the rate caps, bounded in number.
 //!
-//! Invariant: a batch reaches the peer whole or, if its sender gives up, not at all; and batches
-//! that are not acknowledged never use up the streams that more urgent classes need.
+//! Invariant: a batch reaches the peer whole and once or, if its sender gives up, not at all, however
+//! many connections that takes; and batches that are not acknowledged never use up the streams that
+//! more urgent classes need.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytes::{BufMut, Bytes, BytesMut};
-use quinn::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
+use bytes::Bytes;
+use quinn::{SendStream, VarInt, WriteError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::class::Class;
 use crate::congestion::carried;
-use crate::frame::{BATCH_HEAD, BatchHead, FrameError, MAX_BATCH_BYTES};
-use crate::session::{Link, SendError, SessionInner};
+use crate::frame::BatchHead;
+use crate::link::{Line, Link};
+use crate::session::SendError;
 use crate::stats::header_bytes;
 use crate::tuning::MAX_UNI_STREAMS;
 
@@ -36,18 +40,60 @@ const _: () = {
     assert!(a + b + c + d + e < MAX_UNI_STREAMS as usize, "every class must find a stream");
 };
 
-/// How many more batches of each class may leave.
+/// Batches on the way, whatever connection carries them.
 #[derive(Debug)]
-pub(crate) struct Slots([Arc<Semaphore>; Class::ALL.len()]);
+pub(crate) struct Outbox {
+    /// How many more batches of each class may leave.
+    slots: [Arc<Semaphore>; Class::ALL.len()],
+    /// Bytes of urgent batches that have not arrived; the send window makes room for them.
+    urgent: AtomicU64,
+    next: AtomicU64,
+    on_the_way: Mutex<HashMap<u64, OnTheWay>>,
+}
 
-impl Slots {
+/// A batch that has not arrived, as far as is known here.
+#[derive(Debug)]
+struct OnTheWay {
+    /// Bytes that the peer has kept from a connection that was lost.
+    offset: usize,
+    arrived: oneshot::Sender<()>,
+}
+
+impl Outbox {
     pub(crate) fn new() -> Self {
-        Self(UNACKED_BATCHES.map(|count| Arc::new(Semaphore::new(count))))
+        Self {
+            slots: UNACKED_BATCHES.map(|count| Arc::new(Semaphore::new(count))),
+            urgent: AtomicU64::new(0),
+            next: AtomicU64::new(0),
+            on_the_way: Mutex::default(),
+        }
     }
 
-    async fn take(&self, class: Class) -> OwnedSemaphorePermit {
-        let slot = self.0[class.index()].clone().acquire_owned().await;
-        slot.expect("these semaphores are never closed")
+    fn on_the_way(&self) -> MutexGuard<'_, HashMap<u64, OnTheWay>> {
+        self.on_the_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The peer has batch `number`.
+    pub(crate) fn arrived(&self, number: u64) {
+        if let Some(batch) = self.on_the_way().remove(&number) {
+            // Nobody waits if the sender gave up at this moment.
+            let _ = batch.arrived.send(());
+        }
+    }
+
+    /// Another connection begins, and the peer holds these parts of batches. Returns the numbers of
+    /// those that will not be finished.
+    pub(crate) fn go_on_from(&self, parts: &[(u64, u32)]) -> Vec<u64> {
+        let mut on_the_way = self.on_the_way();
+        on_the_way.values_mut().for_each(|batch| batch.offset = 0);
+        let mut dropped = Vec::new();
+        for &(number, offset) in parts {
+            match (on_the_way.get_mut(&number), usize::try_from(offset)) {
+                (Some(batch), Ok(offset)) => batch.offset = offset,
+                _ => dropped.push(number),
+            }
+        }
+        dropped
     }
 }
 
@@ -64,69 +110,142 @@ impl Drop for Unfinished {
     }
 }
 
-/// Urgent bytes that the send window makes room for; given back when dropped.
-struct UrgentRoom(Arc<Link>, u64);
-
-impl UrgentRoom {
-    fn take(link: &Arc<Link>, bytes: u64) -> Self {
-        link.urgent_unacked.fetch_add(bytes, Ordering::Relaxed);
-        Self(link.clone(), bytes)
-    }
+/// A batch as it was given, until it has arrived or its sender gives up.
+struct Shipment {
+    link: Arc<Link>,
+    class: Class,
+    number: u64,
+    /// The sender's header, then its body.
+    pieces: Vec<Bytes>,
+    length: usize,
+    arrived: oneshot::Receiver<()>,
+    /// Another may take its place when this one is dropped.
+    _slot: OwnedSemaphorePermit,
 }
 
-impl Drop for UrgentRoom {
+impl Drop for Shipment {
     fn drop(&mut self) {
-        self.0.urgent_unacked.fetch_sub(self.1, Ordering::Relaxed);
+        self.link.outbox.on_the_way().remove(&self.number);
+        if self.class.is_urgent() {
+            self.link.outbox.urgent.fetch_sub(self.length as u64, Ordering::Relaxed);
+        }
     }
 }
 
-pub(crate) type Acked = oneshot::Receiver<Result<Option<VarInt>, StoppedError>>;
+/// Where a batch was written to.
+struct Written {
+    line: Arc<Line>,
+    /// Resolves to a code if the peer does not want it.
+    stopped: Pin<Box<dyn Future<Output = Option<VarInt>> + Send>>,
+}
 
-/// Hands a batch to QUIC. The result resolves to `None` when the peer has it,
-/// and to a code if the peer stopped reading it.
+impl Shipment {
+    async fn new(
+        link: &Arc<Link>,
+        class: Class,
+        header: &[u8],
+        body: Vec<Bytes>,
+    ) -> Result<Self, SendError> {
+        let length = body
+            .iter()
+            .try_fold(header.len(), |sum, piece| sum.checked_add(piece.len()))
+            .unwrap_or(usize::MAX);
+        BatchHead::check(length)?;
+        let slot = link.outbox.slots[class.index()].clone().acquire_owned();
+        let slot = tokio::select! {
+            biased;
+            reason = link.ended() => return Err(SendError::Closed(reason)),
+            slot = slot => slot.expect("these semaphores are never closed"),
+        };
+        let number = link.outbox.next.fetch_add(1, Ordering::Relaxed);
+        let (tell, arrived) = oneshot::channel();
+        let on_the_way = OnTheWay { offset: 0, arrived: tell };
+        link.outbox.on_the_way().insert(number, on_the_way);
+        if class.is_urgent() {
+            link.outbox.urgent.fetch_add(length as u64, Ordering::Relaxed);
+        }
+        let mut pieces = Vec::with_capacity(body.len() + 1);
+        pieces.push(Bytes::copy_from_slice(header));
+        pieces.extend(body);
+        Ok(Self { link: link.clone(), class, number, pieces, length, arrived, _slot: slot })
+    }
+
+    /// Hands the batch to QUIC, on the first connection after `tried` that stays for long enough.
+    async fn write(&self, mut tried: Option<u64>) -> Result<Written, SendError> {
+        loop {
+            let line = self.link.line_after(tried).await.map_err(SendError::Closed)?;
+            match self.write_to(&line).await {
+                Ok(stopped) => return Ok(Written { line, stopped: Box::pin(stopped) }),
+                Err(WriteError::ConnectionLost(_)) => tried = Some(line.number),
+                Err(_) => return Err(SendError::BatchRefused { class: self.class }),
+            }
+        }
+    }
+
+    async fn write_to(
+        &self,
+        line: &Line,
+    ) -> Result<impl Future<Output = Option<VarInt>> + Send + use<>, WriteError> {
+        let mut stream = Unfinished(Some(line.connection.open_uni().await?));
+        let writer = stream.0.as_mut().expect("a stream that was just opened is there");
+        // Fails only if the stream is closed; the write below then says so.
+        let _ = writer.set_priority(i32::from(self.class.to_byte()));
+
+        let offset = self.link.outbox.on_the_way().get(&self.number).map_or(0, |one| one.offset);
+        let Self { class, number, length, .. } = *self;
+        let head = Bytes::copy_from_slice(&BatchHead { class, number, offset, length }.encode());
+        let mut pieces = vec![head];
+        let mut skip = offset;
+        for piece in &self.pieces {
+            let skipped = skip.min(piece.len());
+            skip -= skipped;
+            pieces.push(piece.slice(skipped..));
+        }
+        write(&self.link, line, class, writer, pieces).await?;
+        // Fails only if the stream is closed; waiting for the acknowledgement then says so.
+        let _ = writer.finish();
+        let stopped = writer.stopped();
+        // Finished: from here on dropping the stream is no abandoning.
+        stream.0 = None;
+        Ok(async move { stopped.await.ok().flatten() })
+    }
+
+    /// Waits until the peer has the batch, and writes it again where a connection was lost.
+    async fn arrive(&mut self, mut written: Written) -> Result<(), SendError> {
+        loop {
+            let lost = written.line.number;
+            tokio::select! {
+                biased;
+                Ok(()) = &mut self.arrived => return Ok(()),
+                line = self.link.line_after(Some(lost)) => line.map_err(SendError::Closed)?,
+                Some(_) = &mut written.stopped => {
+                    return Err(SendError::BatchRefused { class: self.class });
+                }
+            };
+            written = self.write(Some(lost)).await?;
+        }
+    }
+}
+
+pub(crate) type Acked = oneshot::Receiver<Result<(), SendError>>;
+
+/// Hands a batch to QUIC. The result resolves when the peer has it, or will not have it.
 pub(crate) async fn send(
-    session: &Arc<SessionInner>,
+    link: &Arc<Link>,
     class: Class,
     header: &[u8],
     body: Vec<Bytes>,
 ) -> Result<Acked, SendError> {
-    let length = body
-        .iter()
-        .try_fold(header.len(), |sum, piece| sum.checked_add(piece.len()))
-        .ok_or(FrameError::TooLarge { what: "batch", length: u64::MAX, limit: MAX_BATCH_BYTES })?;
-    let head = BatchHead::new(class, length)?;
-    let lost = |error: ConnectionError| SendError::Closed(session.ended(&error));
-
-    let slot = session.link.slots.take(class).await;
-    let mut stream = Unfinished(Some(session.connection.open_uni().await.map_err(lost)?));
-    let writer = stream.0.as_mut().expect("a stream that was just opened is there");
-    // Fails only if the stream is closed; the write below then says so.
-    let _ = writer.set_priority(i32::from(class.to_byte()));
-
-    let room = class.is_urgent().then(|| UrgentRoom::take(&session.link, length as u64));
-    let mut first = BytesMut::with_capacity(BATCH_HEAD + header.len());
-    first.put_slice(&head.encode());
-    first.put_slice(header);
-    let pieces = std::iter::once(first.freeze()).chain(body);
-    write(session, class, writer, pieces).await.map_err(|error| match error {
-        WriteError::ConnectionLost(error) => lost(error),
-        _ => SendError::BatchRefused { class },
-    })?;
-    // Fails only if the stream is closed; waiting for the acknowledgement then says so.
-    let _ = writer.finish();
-    session.link.counters.count_sent(class, length);
-
-    let stopped = writer.stopped();
-    // Finished: from here on dropping the stream is no abandoning.
-    stream.0 = None;
+    let mut shipment = Shipment::new(link, class, header, body).await?;
+    let written = shipment.write(None).await?;
+    link.counters.count_sent(class, shipment.length);
     let (tell, acked) = oneshot::channel();
-    let link = session.link.clone();
     tokio::spawn(async move {
-        let result = stopped.await;
-        if result == Ok(None) {
-            link.counters.count_acked(class, length);
+        let result = shipment.arrive(written).await;
+        if result.is_ok() {
+            shipment.link.counters.count_acked(class, shipment.length);
         }
-        drop((slot, room));
+        drop(shipment);
         // Nobody waits if only `send_batch` was asked for.
         let _ = tell.send(result);
     });
@@ -135,24 +254,25 @@ pub(crate) async fn send(
 
 /// Writes `pieces` in slices that the caps let pass one by one.
 async fn write(
-    session: &SessionInner,
+    link: &Link,
+    line: &Line,
     class: Class,
     stream: &mut SendStream,
-    pieces: impl Iterator<Item = Bytes>,
+    pieces: Vec<Bytes>,
 ) -> Result<(), WriteError> {
-    let rate = session.rate();
-    let header = header_bytes(session.connection.remote_address());
+    let rate = link.rate();
+    let header = header_bytes(line.connection.remote_address());
     let mut slice = Vec::new();
     let mut sliced = 0;
     let mut limit = rate.slice(class);
-    let mut pieces = pieces.filter(|piece| !piece.is_empty()).peekable();
+    let mut pieces = pieces.into_iter().filter(|piece| !piece.is_empty()).peekable();
     while let Some(mut piece) = pieces.next() {
         while !piece.is_empty() {
             let part = piece.split_to(piece.len().min(limit - sliced));
             sliced += part.len();
             slice.push(part);
             if sliced == limit || (piece.is_empty() && pieces.peek().is_none()) {
-                let mtu = u64::from(fit_send_window(session));
+                let mtu = u64::from(fit_send_window(link, line));
                 // The caps are about the link, so headers are paid for too. Repetitions are not:
                 // they are known only later, and are few.
                 let payload = mtu.saturating_sub(QUIC_OVERHEAD).max(1);
@@ -169,21 +289,21 @@ async fn write(
 }
 
 /// Sets the send window to what the path can use soon; returns the path's payload size.
-fn fit_send_window(session: &SessionInner) -> u16 {
-    session.link.pacing.follow(&session.connection);
-    let path = session.connection.stats().path;
-    let limit = session.link.connection_window;
-    let urgent = session.link.urgent_unacked.load(Ordering::Relaxed);
+fn fit_send_window(link: &Link, line: &Line) -> u16 {
+    line.pacing.follow(&line.connection);
+    let path = line.connection.stats().path;
+    let limit = link.connection_window;
+    let urgent = link.outbox.urgent.load(Ordering::Relaxed);
     let window = if urgent > 0 {
         // Above all that bulk may have filled, so that urgent bytes never wait for room. Their
         // stream's priority then lets them overtake what is queued.
         limit + urgent
     } else {
         // Of the congestion window a half: it is twice what the path holds, where that is not known.
-        let [_, bandwidth] = session.link.pacing.rates();
+        let [_, bandwidth] = line.pacing.rates();
         let held = carried(bandwidth, path.min_rtt).max(path.cwnd / 2);
         (held * SEND_WINDOW_HELD).clamp(SEND_WINDOW_MIN.min(limit), limit)
     };
-    session.connection.set_send_window(window);
+    line.connection.set_send_window(window);
     path.current_mtu
 }

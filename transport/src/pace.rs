@@ -126,6 +126,11 @@ impl Pacing {
         Self { socket, path: Mutex::default() }
     }
 
+    /// The socket at which it is paced.
+    pub(crate) fn socket(&self) -> Arc<PacedSocket> {
+        self.socket.clone()
+    }
+
     /// Sees to it that the connection is paced where its peer is now.
     pub(crate) fn follow(&self, connection: &quinn::Connection) {
         let remote = connection.remote_address();

@@ -1,27 +1,29 @@
-//! A session: one QUIC connection with a peer that has proved its key.
+//! A session with a peer that has proved its key: over one QUIC connection, or over several, one after
+//! another, if it has the patience ([`Session::set_patience`]).
 //!
-//! Invariant: the connection lives as long as anyone holds the session or a half of its control
-//! stream, and not longer. Whoever drops the last of them without [`Session::close`] tells the
-//! peer so.
+//! Invariant: the session lives as long as anyone holds it or a half of its control stream, and not
+//! longer. Whoever drops the last of them without [`Session::close`] tells the peer so.
 
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::{Connection, ReadError, RecvStream, SendStream, StoppedError};
+use quinn::{RecvStream, SendStream};
 use thiserror::Error;
+use tokio::sync::mpsc;
 
 use crate::class::Class;
-use crate::close::{CloseCode, CloseReason, short};
-use crate::control::{ControlReceiver, ControlSender};
+use crate::close::{CloseCode, CloseReason};
+use crate::control::{ControlReceiver, ControlSender, Incoming, Messages};
 use crate::fingerprint::Fingerprint;
 use crate::frame::{FrameError, Hello};
-use crate::inbox::{self, Batch, Inbox};
-use crate::outbox::{self, Slots};
-use crate::pace::{PacedSocket, Pacing};
-use crate::rate::{JobRate, RateLimiter};
-use crate::stats::{Counters, PathStats};
+use crate::inbox::Batch;
+use crate::keeper::{self, Role, Streams};
+use crate::link::{Line, Link};
+use crate::outbox;
+use crate::rate::JobRate;
+use crate::stats::PathStats;
 
 /// Why something could not be sent.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -65,74 +67,19 @@ pub struct PeerInfo {
     pub capabilities: u64,
 }
 
-/// What the tasks of a session share. Holds no connection, so that it keeps none alive.
-#[derive(Debug)]
-pub(crate) struct Link {
-    pub(crate) inbox: Inbox,
-    pub(crate) counters: Counters,
-    pub(crate) slots: Slots,
-    /// Urgent bytes that are not acknowledged; the send window makes room for them.
-    pub(crate) urgent_unacked: AtomicU64,
-    /// Send and receive window of the connection.
-    pub(crate) connection_window: u64,
-    pub(crate) pacing: Pacing,
-    ended: OnceLock<CloseReason>,
-}
-
-impl Link {
-    /// Closes the connection because the peer broke the protocol.
-    pub(crate) fn violation(&self, connection: &Connection, error: &FrameError) {
-        let detail = error.to_string();
-        tracing::warn!(peer = %connection.remote_address(), %detail, "the peer broke the protocol");
-        connection.close(CloseCode::Violation.value(), short(&detail).as_bytes());
-        let _ = self.ended.set(CloseReason::Violation { detail });
-    }
-}
-
 #[derive(Debug)]
 pub(crate) struct SessionInner {
-    pub(crate) connection: Connection,
     pub(crate) link: Arc<Link>,
     peer: Fingerprint,
     info: PeerInfo,
-    control: Mutex<Option<(SendStream, RecvStream)>>,
-    rate: Mutex<JobRate>,
-}
-
-impl SessionInner {
-    /// Why the session ended, if it did.
-    pub(crate) fn close_reason(&self) -> Option<CloseReason> {
-        let error = self.connection.close_reason()?;
-        Some(CloseReason::from_quic(&error, self.link.ended.get()))
-    }
-
-    /// The reason for an operation that failed because the connection is gone.
-    pub(crate) fn ended(&self, error: &quinn::ConnectionError) -> CloseReason {
-        CloseReason::from_quic(error, self.link.ended.get())
-    }
-
-    pub(crate) fn violation(&self, error: FrameError) -> RecvError {
-        self.link.violation(&self.connection, &error);
-        RecvError::Frame(error)
-    }
-
-    pub(crate) fn read_failed(&self, error: ReadError) -> RecvError {
-        match error {
-            ReadError::ConnectionLost(error) => RecvError::Closed(self.ended(&error)),
-            // Only a peer that does not speak our protocol resets its control stream.
-            _ => self.violation(FrameError::Truncated { what: "control stream" }),
-        }
-    }
-
-    pub(crate) fn rate(&self) -> JobRate {
-        self.rate.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
+    control: Mutex<Option<mpsc::Receiver<Incoming>>>,
 }
 
 impl Drop for SessionInner {
     fn drop(&mut self) {
-        // Does nothing if the connection is closed already.
-        self.connection.close(CloseCode::Shutdown.value(), b"the session was given up");
+        // Does nothing if the session has ended already.
+        let reason = "the session was given up".to_owned();
+        self.link.end_with(CloseCode::Shutdown, CloseReason::Local { reason });
     }
 }
 
@@ -141,37 +88,25 @@ impl Drop for SessionInner {
 pub struct Session(Arc<SessionInner>);
 
 impl Session {
-    /// Makes a session of a connection whose greeting is done. Spawns the task that receives.
-    pub(crate) fn new(
-        connection: Connection,
+    /// Makes a session of a connection whose greeting is done, and keeps it until it ends.
+    pub(crate) fn begin(
+        line: Arc<Line>,
         peer: Fingerprint,
-        hello: Hello,
+        hello: &Hello,
         control: (SendStream, RecvStream),
+        role: Role,
         connection_window: u64,
-        socket: Arc<PacedSocket>,
     ) -> Self {
-        let pacing = Pacing::new(socket);
-        pacing.follow(&connection);
-        let link = Arc::new(Link {
-            inbox: Inbox::new(),
-            counters: Counters::default(),
-            slots: Slots::new(),
-            urgent_unacked: AtomicU64::new(0),
-            connection_window,
-            pacing,
-            ended: OnceLock::new(),
-        });
-        tokio::spawn(inbox::receive(connection.clone(), link.clone()));
-        let info =
-            PeerInfo { agent_version: hello.agent_version, capabilities: hello.capabilities };
-        Self(Arc::new(SessionInner {
-            connection,
-            link,
-            peer,
-            info,
-            control: Mutex::new(Some(control)),
-            rate: Mutex::new(RateLimiter::new().job()),
-        }))
+        let (messages, incoming) = Messages::new();
+        let link = Arc::new(Link::new(line.clone(), messages, connection_window));
+        let receipts = link.receipts.begin();
+        let streams = Streams { line, control, receipts, goes_on: None };
+        tokio::spawn(keeper::keep(link.clone(), role, streams));
+        let info = PeerInfo {
+            agent_version: hello.agent_version.clone(),
+            capabilities: hello.capabilities,
+        };
+        Self(Arc::new(SessionInner { link, peer, info, control: Mutex::new(Some(incoming)) }))
     }
 
     /// The peer's key.
@@ -187,19 +122,32 @@ impl Session {
     /// Where the peer is now; changes when its address does. IPv4 is shown as IPv4 also on a
     /// socket that serves both.
     pub fn remote_addr(&self) -> SocketAddr {
-        canonical(self.0.connection.remote_address())
+        canonical(self.0.link.line().connection.remote_address())
     }
 
     /// The two halves of the control stream, the first time it is called.
     pub fn control(&self) -> Option<(ControlSender, ControlReceiver)> {
-        let halves = self.0.control.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (send, recv) = halves?;
-        Some((ControlSender::new(send, self.0.clone()), ControlReceiver::new(recv, self.0.clone())))
+        let incoming = self.0.control.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        let receiver = ControlReceiver::new(incoming, self.0.clone());
+        Some((ControlSender::new(self.0.clone()), receiver))
     }
 
     /// Sends batches under the caps of `job` from the next one on. Without this there is no cap.
     pub fn set_rate(&self, job: JobRate) {
-        *self.0.rate.lock().unwrap_or_else(PoisonError::into_inner) = job;
+        self.0.link.set_rate(job);
+    }
+
+    /// Lets the session outlive its connection: while the link is down for up to this long, sends and
+    /// receives wait instead of failing, and then go on where they were; what had arrived is not sent
+    /// again. The lower patience of the two ends counts, and each hears of the other's while the link
+    /// is up. Zero, as at the beginning, ends the session with its connection.
+    pub fn set_patience(&self, patience: Duration) {
+        self.0.link.set_patience(patience);
+    }
+
+    /// For how long the link has been silent, or gone, if it is.
+    pub fn down_for(&self) -> Option<Duration> {
+        self.0.link.down_for()
     }
 
     /// Sends `header` and `body` as one batch on a stream of its own. Returns once QUIC has taken
@@ -216,10 +164,10 @@ impl Session {
         header: &[u8],
         body: Vec<Bytes>,
     ) -> Result<(), SendError> {
-        outbox::send(&self.0, class, header, body).await.map(drop)
+        outbox::send(&self.0.link, class, header, body).await.map(drop)
     }
 
-    /// As [`send_batch`](Self::send_batch), and waits until the peer's QUIC has the whole batch.
+    /// As [`send_batch`](Self::send_batch), and waits until the peer's session has the whole batch.
     /// That its agent has done something with it only the agent's answer says.
     ///
     /// # Errors
@@ -231,13 +179,11 @@ impl Session {
         header: &[u8],
         body: Vec<Bytes>,
     ) -> Result<(), SendError> {
-        let acked = outbox::send(&self.0, class, header, body).await?;
+        let acked = outbox::send(&self.0.link, class, header, body).await?;
         match acked.await {
-            Ok(Ok(None)) => Ok(()),
-            Ok(Err(StoppedError::ConnectionLost(error))) => {
-                Err(SendError::Closed(self.0.ended(&error)))
-            }
-            Ok(Ok(Some(_)) | Err(_)) | Err(_) => Err(SendError::BatchRefused { class }),
+            Ok(result) => result,
+            // The task that waits for the peer ends only with the runtime.
+            Err(_) => Err(SendError::BatchRefused { class }),
         }
     }
 
@@ -255,9 +201,7 @@ impl Session {
 
     /// What this session has cost and carried so far.
     pub fn stats(&self) -> PathStats {
-        let quic = self.0.connection.stats();
-        let rates = self.0.link.pacing.rates();
-        self.0.link.counters.snapshot(&quic, self.remote_addr(), rates)
+        self.0.link.stats()
     }
 
     /// Closes the session because all is done. What is still under way is dropped, so finish the
@@ -272,19 +216,17 @@ impl Session {
     }
 
     fn close_with(&self, code: CloseCode, reason: &str) {
-        let _ = self.0.link.ended.set(CloseReason::Local { reason: reason.to_owned() });
-        self.0.connection.close(code.value(), short(reason).as_bytes());
+        self.0.link.end_with(code, CloseReason::Local { reason: reason.to_owned() });
     }
 
     /// Waits until the session has ended and says why.
     pub async fn closed(&self) -> CloseReason {
-        let error = self.0.connection.closed().await;
-        self.0.ended(&error)
+        self.0.link.ended().await
     }
 
     /// Why the session ended, if it did.
     pub fn close_reason(&self) -> Option<CloseReason> {
-        self.0.close_reason()
+        self.0.link.end_reason()
     }
 }
 

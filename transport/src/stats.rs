@@ -7,10 +7,9 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use quinn::ConnectionStats;
-
 use crate::class::Class;
 use crate::congestion::carried;
+use crate::link::Line;
 
 /// Bytes of an IPv4 and a UDP header, without options (RFC 791, RFC 768).
 pub const IPV4_UDP_HEADER: u64 = 20 + 8;
@@ -22,7 +21,7 @@ pub const IPV6_UDP_HEADER: u64 = 40 + 8;
 pub struct ClassBytes {
     /// Handed to QUIC for sending.
     pub sent: u64,
-    /// Of these, acknowledged by the peer's QUIC.
+    /// Of these, known to be with the peer, whole.
     pub acked: u64,
     /// Received as whole batches.
     pub received: u64,
@@ -54,6 +53,8 @@ pub struct PathStats {
     pub bandwidth: u64,
     /// UDP payload that the path is known to carry, bytes.
     pub mtu: u16,
+    /// How often the session has gone on over another connection.
+    pub reconnects: u64,
     /// How often the path stopped to carry large packets. More than zero under load may be loss
     /// mistaken for it: set [`Tuning::min_payload`](crate::Tuning::min_payload).
     pub black_holes: u64,
@@ -74,6 +75,33 @@ impl PathStats {
     /// Payload of `class`.
     pub fn class(&self, class: Class) -> ClassBytes {
         self.classes[class.index()]
+    }
+}
+
+/// What connections have cost.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Totals {
+    /// How many they were.
+    pub(crate) connections: u64,
+    wire_bytes_sent: u64,
+    wire_bytes_received: u64,
+    sent_packets: u64,
+    lost_packets: u64,
+    lost_bytes: u64,
+    black_holes: u64,
+}
+
+impl Totals {
+    /// Adds what `connection` has cost so far.
+    pub(crate) fn add(&mut self, connection: &quinn::Connection) {
+        let header = header_bytes(connection.remote_address());
+        let stats = connection.stats();
+        self.wire_bytes_sent += stats.udp_tx.bytes + stats.udp_tx.datagrams * header;
+        self.wire_bytes_received += stats.udp_rx.bytes + stats.udp_rx.datagrams * header;
+        self.sent_packets += stats.path.sent_packets;
+        self.lost_packets += stats.path.lost_packets;
+        self.lost_bytes += stats.path.lost_bytes;
+        self.black_holes += stats.path.black_holes_detected;
     }
 }
 
@@ -100,31 +128,31 @@ impl Counters {
         self.classes[class.index()][which].fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    pub(crate) fn snapshot(
-        &self,
-        quic: &ConnectionStats,
-        remote: SocketAddr,
-        [pacing_rate, bandwidth]: [u64; 2],
-    ) -> PathStats {
-        let header = header_bytes(remote);
+    /// What there is to say of a session that is on `line` now and was on others before.
+    pub(crate) fn snapshot(&self, past: Totals, line: &Line) -> PathStats {
+        let mut totals = past;
+        totals.add(&line.connection);
+        let path = line.connection.stats().path;
+        let [pacing_rate, bandwidth] = line.pacing.rates();
         let classes = self.classes.each_ref().map(|[sent, acked, received]| ClassBytes {
             sent: sent.load(Ordering::Relaxed),
             acked: acked.load(Ordering::Relaxed),
             received: received.load(Ordering::Relaxed),
         });
         PathStats {
-            rtt: quic.path.rtt,
-            min_rtt: quic.path.min_rtt,
-            wire_bytes_sent: quic.udp_tx.bytes + quic.udp_tx.datagrams * header,
-            wire_bytes_received: quic.udp_rx.bytes + quic.udp_rx.datagrams * header,
-            sent_packets: quic.path.sent_packets,
-            lost_packets: quic.path.lost_packets,
-            lost_bytes: quic.path.lost_bytes,
-            cwnd: quic.path.cwnd,
+            rtt: path.rtt,
+            min_rtt: path.min_rtt,
+            wire_bytes_sent: totals.wire_bytes_sent,
+            wire_bytes_received: totals.wire_bytes_received,
+            sent_packets: totals.sent_packets,
+            lost_packets: totals.lost_packets,
+            lost_bytes: totals.lost_bytes,
+            cwnd: path.cwnd,
             pacing_rate,
             bandwidth,
-            mtu: quic.path.current_mtu,
-            black_holes: quic.path.black_holes_detected,
+            mtu: path.current_mtu,
+            reconnects: totals.connections,
+            black_holes: totals.black_holes,
             classes,
         }
     }

@@ -11,7 +11,7 @@ use quinn::congestion::CubicConfig;
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 use crate::bit_rate::BitRate;
-use crate::congestion::{INITIAL_WINDOW, PathControllerConfig};
+use crate::congestion::{INITIAL_WINDOW, PathControllerConfig, carried};
 
 /// Receive window of one stream.
 pub const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
@@ -22,8 +22,8 @@ const CONNECTION_WINDOW_MIN: u64 = 16 * 1024 * 1024;
 const CONNECTION_WINDOW_MAX: u64 = 256 * 1024 * 1024;
 /// Unidirectional streams that a peer may have open: its batches on the way.
 pub const MAX_UNI_STREAMS: u32 = 256;
-/// Bidirectional streams that a peer may have open: the control stream.
-pub(crate) const MAX_BI_STREAMS: u32 = 1;
+/// Bidirectional streams that a peer may have open: the control stream and the receipts.
+pub(crate) const MAX_BI_STREAMS: u32 = 2;
 /// A connection that says nothing says so this often, so that a cut is noticed and NATs keep the
 /// path open.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(5);
@@ -124,6 +124,23 @@ impl Tuning {
     /// Largest UDP payload, within what QUIC and UDP allow.
     pub(crate) fn payload_limit(&self) -> u16 {
         self.max_payload.clamp(MIN_PAYLOAD, crate::socket::MAX_UDP_PAYLOAD)
+    }
+
+    /// The QUIC settings for a session that goes on where a path was seen to deliver `bandwidth` bytes
+    /// a second (0: not known) in a round trip of `rtt`.
+    pub(crate) fn transport_after(&self, bandwidth: u64, rtt: Duration) -> TransportConfig {
+        let mut config = self.transport();
+        if bandwidth > 0 {
+            config.initial_rtt(rtt);
+            if self.congestion == Congestion::PathModel {
+                let initial_window = (carried(bandwidth, rtt) / HINT_DIVISOR)
+                    .clamp(INITIAL_WINDOW, CONNECTION_WINDOW_MAX);
+                config.congestion_controller_factory(Arc::new(PathControllerConfig {
+                    initial_window,
+                }));
+            }
+        }
+        config
     }
 
     /// The QUIC settings.

@@ -28,6 +28,7 @@ pub(crate) struct Tally {
     pub(crate) offered_bytes: u64,
     /// By the link's own nature.
     pub(crate) lost: u64,
+    pub(crate) lost_bytes: u64,
     /// By its full queue.
     pub(crate) dropped: u64,
 }
@@ -63,7 +64,10 @@ impl Direction {
                 }
             }
             Verdict::Drop(Reason::Queue) => self.tally.dropped += 1,
-            Verdict::Drop(Reason::Loss | Reason::Cut) => self.tally.lost += 1,
+            Verdict::Drop(Reason::Loss | Reason::Cut) => {
+                self.tally.lost += 1;
+                self.tally.lost_bytes += u64::from(bytes);
+            }
         }
     }
 }
@@ -101,6 +105,12 @@ impl End {
     pub(crate) fn cut(&self) {
         lock(&self.out).link.cut();
         lock(&self.into).link.cut();
+    }
+
+    /// Ends a cut.
+    pub(crate) fn restore(&self) {
+        lock(&self.out).link.restore();
+        lock(&self.into).link.restore();
     }
 
     /// Gives the direction from this end another rate.

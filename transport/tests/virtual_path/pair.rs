@@ -20,8 +20,8 @@ const SENDERS: usize = 4;
 
 pub(crate) struct Pair {
     pub(crate) near: Arc<End>,
-    /// Kept open.
-    _endpoints: [Endpoint; 2],
+    /// The dialer's, and the listener's.
+    pub(crate) endpoints: [Endpoint; 2],
     pub(crate) from: Session,
     pub(crate) to: Session,
 }
@@ -52,7 +52,7 @@ pub(crate) async fn connect(profile: &Profile, seed: u64, tuning: Tuning) -> Pai
     let endpoints = [open(&near, &near_id), open(&far, &far_id)];
     let (from, to) =
         tokio::join!(endpoints[0].connect(far.addr(), far_id.fingerprint()), endpoints[1].accept());
-    Pair { near, _endpoints: endpoints, from: from.unwrap(), to: to.unwrap() }
+    Pair { near, endpoints, from: from.unwrap(), to: to.unwrap() }
 }
 
 /// What a transfer achieved.

@@ -1,0 +1,291 @@
+//! What the tasks of a session share, and how it stands: over which connection, or over none.
+//!
+//! Invariant: a session ends once and for one reason; until then it has a connection, or waits for
+//! the next one. Everything here outlives a connection.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use quinn::Connection;
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+
+use crate::close::{CloseCode, CloseReason, short};
+use crate::control::Messages;
+use crate::frame::{FrameError, Seen};
+use crate::inbox::Inbox;
+use crate::outbox::Outbox;
+use crate::pace::{PacedSocket, Pacing};
+use crate::rate::{JobRate, RateLimiter};
+use crate::receipts::Receipts;
+use crate::stats::{Counters, PathStats, Totals};
+
+/// One connection of a session.
+#[derive(Debug)]
+pub(crate) struct Line {
+    /// Its place among the session's connections, from 0.
+    pub(crate) number: u64,
+    pub(crate) connection: Connection,
+    pub(crate) pacing: Pacing,
+}
+
+impl Line {
+    /// A session's first connection, paced at `socket`.
+    pub(crate) fn first(connection: Connection, socket: Arc<PacedSocket>) -> Self {
+        let pacing = Pacing::new(socket);
+        pacing.follow(&connection);
+        Self { number: 0, connection, pacing }
+    }
+
+    /// The connection after this one.
+    pub(crate) fn next(&self, connection: Connection) -> Self {
+        let line = Self::first(connection, self.pacing.socket());
+        Self { number: self.number + 1, ..line }
+    }
+}
+
+/// How a session stands.
+#[derive(Debug)]
+enum Standing {
+    Up,
+    /// Since then. Another connection is awaited.
+    Down(Instant),
+    Ended(CloseReason, CloseCode),
+}
+
+#[derive(Debug)]
+struct State {
+    line: Arc<Line>,
+    standing: Standing,
+    /// Since when nothing is heard where something should be.
+    silent: Option<Instant>,
+    /// How long this end would be without a connection, and the peer.
+    patience: [Duration; 2],
+    /// What the connections before this one have cost.
+    past: Totals,
+}
+
+impl State {
+    fn patience(&self) -> Duration {
+        let [own, peer] = self.patience;
+        own.min(peer)
+    }
+
+    fn end_reason(&self) -> Option<CloseReason> {
+        match &self.standing {
+            Standing::Ended(reason, _) => Some(reason.clone()),
+            Standing::Up | Standing::Down(_) => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Link {
+    state: Mutex<State>,
+    /// Wakes in the order of waiting, so that what a lost connection interrupted goes on in order.
+    changed: Notify,
+    pub(crate) messages: Messages,
+    pub(crate) receipts: Receipts,
+    pub(crate) inbox: Inbox,
+    pub(crate) outbox: Outbox,
+    pub(crate) counters: Counters,
+    /// Send and receive window of a connection.
+    pub(crate) connection_window: u64,
+    rate: Mutex<JobRate>,
+}
+
+impl Link {
+    pub(crate) fn new(line: Arc<Line>, messages: Messages, connection_window: u64) -> Self {
+        let patience = [Duration::ZERO; 2];
+        let (standing, past) = (Standing::Up, Totals::default());
+        let state = State { line, standing, silent: None, patience, past };
+        Self {
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            messages,
+            receipts: Receipts::new(),
+            inbox: Inbox::new(),
+            outbox: Outbox::new(),
+            counters: Counters::default(),
+            connection_window,
+            rate: Mutex::new(RateLimiter::new().job()),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `ready` makes something of the state.
+    async fn until<T>(&self, mut ready: impl FnMut(&State) -> Option<T>) -> T {
+        loop {
+            // Registered before the question is asked, so that no change falls in between.
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if let Some(result) = ready(&self.state()) {
+                return result;
+            }
+            changed.await;
+        }
+    }
+
+    /// The newest connection, whether it still lives or not.
+    pub(crate) fn line(&self) -> Arc<Line> {
+        self.state().line.clone()
+    }
+
+    /// A connection that works, other than the one of number `tried`.
+    pub(crate) async fn line_after(&self, tried: Option<u64>) -> Result<Arc<Line>, CloseReason> {
+        self.until(|state| match &state.standing {
+            Standing::Up if Some(state.line.number) != tried => Some(Ok(state.line.clone())),
+            Standing::Up | Standing::Down(_) => None,
+            Standing::Ended(reason, _) => Some(Err(reason.clone())),
+        })
+        .await
+    }
+
+    /// Why the session has ended, once it has.
+    pub(crate) async fn ended(&self) -> CloseReason {
+        self.until(State::end_reason).await
+    }
+
+    /// Why the session has ended, if it has.
+    pub(crate) fn end_reason(&self) -> Option<CloseReason> {
+        self.state().end_reason()
+    }
+
+    /// For how long the link has been silent, or there has been no connection.
+    pub(crate) fn down_for(&self) -> Option<Duration> {
+        let state = self.state();
+        match state.standing {
+            Standing::Down(since) => Some(since.elapsed()),
+            Standing::Up => Some(state.silent?.elapsed()),
+            Standing::Ended(..) => None,
+        }
+    }
+
+    /// Nothing is heard where something should be, since then; or something is again.
+    pub(crate) fn set_silent(&self, since: Option<Instant>) {
+        self.stand(|state| state.silent = since);
+    }
+
+    /// True while `line` is the one that carries the session.
+    pub(crate) fn is_up_on(&self, line: &Line) -> bool {
+        let state = self.state();
+        matches!(state.standing, Standing::Up) && state.line.number == line.number
+    }
+
+    /// Changes how an open session stands.
+    fn stand(&self, change: impl FnOnce(&mut State)) {
+        {
+            let mut state = self.state();
+            if state.end_reason().is_some() {
+                return;
+            }
+            change(&mut state);
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// The session goes on over `line`.
+    pub(crate) fn up(&self, line: &Arc<Line>) {
+        self.stand(|state| {
+            state.past.add(&state.line.connection);
+            state.past.connections += 1;
+            state.line = line.clone();
+            state.standing = Standing::Up;
+            state.silent = None;
+        });
+    }
+
+    /// There is no connection, until another one takes the session on.
+    pub(crate) fn down(&self) {
+        self.stand(|state| {
+            if matches!(state.standing, Standing::Up) {
+                let since = state.silent.unwrap_or_else(Instant::now);
+                state.standing = Standing::Down(since);
+            }
+        });
+    }
+
+    /// Ends the session, unless it has ended for another reason already.
+    pub(crate) fn end(&self, reason: CloseReason) {
+        self.end_with(CloseCode::Shutdown, reason);
+    }
+
+    /// Ends the session and tells the peer.
+    pub(crate) fn end_with(&self, code: CloseCode, reason: CloseReason) {
+        self.stand(|state| state.standing = Standing::Ended(reason, code));
+        self.part(&self.line().connection);
+    }
+
+    /// Ends the session because the peer broke the protocol.
+    pub(crate) fn violation(&self, connection: &Connection, error: &FrameError) {
+        let detail = error.to_string();
+        tracing::warn!(peer = %connection.remote_address(), %detail, "the peer broke the protocol");
+        self.end_with(CloseCode::Violation, CloseReason::Violation { detail });
+        self.part(connection);
+    }
+
+    /// Closes a connection of a session that has ended, with the words that it ended with.
+    pub(crate) fn part(&self, connection: &Connection) {
+        if let Standing::Ended(reason, code) = &self.state().standing {
+            let said = match reason {
+                CloseReason::Local { reason } => reason.clone(),
+                CloseReason::Violation { detail } => detail.clone(),
+                other => other.to_string(),
+            };
+            connection.close(code.value(), short(&said).as_bytes());
+        }
+    }
+
+    /// How long the session may be without a connection: as long as both ends would.
+    pub(crate) fn patience(&self) -> Duration {
+        self.state().patience()
+    }
+
+    /// How long this end would be without a connection, as it is told to the peer.
+    pub(crate) fn own_patience_ms(&self) -> u64 {
+        u64::try_from(self.state().patience[0].as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub(crate) fn set_patience(&self, patience: Duration) {
+        self.stand(|state| state.patience[0] = patience);
+        self.receipts.tell();
+    }
+
+    pub(crate) fn set_peer_patience(&self, patience: Duration) {
+        self.stand(|state| state.patience[1] = patience);
+    }
+
+    /// Waits until the session has been without a connection since `since` for as long as its patience
+    /// lasts, and for `least`.
+    pub(crate) async fn out_of_patience(&self, since: Instant, least: Duration) {
+        loop {
+            let patience = self.patience();
+            tokio::select! {
+                biased;
+                () = sleep_until(since + patience.max(least)) => return,
+                () = self.until(|state| (state.patience() != patience).then_some(())) => {}
+            }
+        }
+    }
+
+    /// What has arrived of what the peer sends in order.
+    pub(crate) fn seen(&self) -> Seen {
+        Seen { messages: self.messages.received(), batches: self.receipts.received() }
+    }
+
+    pub(crate) fn rate(&self) -> JobRate {
+        self.rate.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_rate(&self, rate: JobRate) {
+        *self.rate.lock().unwrap_or_else(PoisonError::into_inner) = rate;
+    }
+
+    pub(crate) fn stats(&self) -> PathStats {
+        let state = self.state();
+        self.counters.snapshot(state.past, &state.line)
+    }
+}
