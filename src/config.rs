@@ -103,6 +103,8 @@ pub struct Limits {
     pub memory: ByteCount,
     /// Downtime that a migration may take unless its command says otherwise.
     pub downtime: Duration,
+    /// How long a job waits for a link that is down, before the hand-over.
+    pub link_patience: Duration,
 }
 
 /// Programs that run around the switchover.

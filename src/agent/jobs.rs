@@ -360,6 +360,7 @@ fn before_the_first_byte(job: &Job) -> Progress {
         elapsed_ms: 0,
         forecast_left_ms: None,
         note: None,
+        link: None,
     }
 }
 

@@ -190,6 +190,9 @@ unplugged = {{ none = true }}
 # memory = "1G"
 # Downtime that a migration may take unless its command says otherwise.
 # downtime_limit_ms = 300
+# How long a job waits for a link that is down, in seconds, before the hand-over; the guest runs on
+# meanwhile. The lower value of the two hosts counts. 0: a job ends with its link.
+# link_patience_s = 300
 
 [hooks]
 # Programs around the switchover. Each gets a JSON document on its standard input, and

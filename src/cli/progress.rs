@@ -126,6 +126,7 @@ mod tests {
             elapsed_ms: 61_000,
             forecast_left_ms: Some(125_000),
             note: None,
+            link: None,
         };
         assert_eq!(
             line(&progress),

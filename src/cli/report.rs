@@ -4,7 +4,7 @@
 
 use super::table::Table;
 use crate::migration::Completed;
-use crate::migration::report::{Downtime, Saved};
+use crate::migration::report::{Downtime, LinkReport, Saved};
 use crate::units::{ByteCount, duration_text};
 
 /// The whole report.
@@ -27,6 +27,7 @@ pub(super) fn render(report: &Completed) -> String {
         text += &format!("  of it from the last byte sent to the guest running: {hand_over}\n");
     }
     text += &saved(&report.saved);
+    text += &report.link.as_deref().map_or_else(String::new, link);
     for note in &report.notes {
         text += &format!("\n  note: {note}\n");
     }
@@ -102,6 +103,25 @@ fn saved(saved: &Saved) -> String {
     format!("\n{}", table.render("  "))
 }
 
+/// How the link was.
+fn link(link: &LinkReport) -> String {
+    let rate = match link.bandwidth_bits_per_s {
+        0 => String::new(),
+        bits => format!("{:.1} Mbit/s, ", bits as f64 / 1e6),
+    };
+    let reconnects = match link.reconnects {
+        0 => String::new(),
+        1 => ", connected anew once".to_owned(),
+        times => format!(", connected anew {times} times"),
+    };
+    format!(
+        "\n  link: {rate}round trip {} ({} at least), {} of what was sent was sent again{reconnects}\n",
+        ms_text(link.rtt_ms),
+        ms_text(link.min_rtt_ms),
+        share(link.repeated_bytes, link.wire_bytes_sent),
+    )
+}
+
 fn ms_text(ms: f64) -> String {
     match ms {
         ..1000.0 => format!("{ms:.1} ms"),
@@ -156,6 +176,15 @@ mod tests {
             wire_bytes: 723 << 20,
             payload_bytes: (4 << 30) + (521 << 20),
             notes: vec!["the guest was slowed down to 80 % for 12 s".into()],
+            link: Some(Box::new(LinkReport {
+                wire_bytes_sent: 700 << 20,
+                repeated_bytes: 7 << 20,
+                rtt_ms: 82.4,
+                min_rtt_ms: 80.1,
+                bandwidth_bits_per_s: 195_000_000,
+                reconnects: 1,
+                ..LinkReport::default()
+            })),
         }
     }
 
@@ -177,6 +206,8 @@ db1 runs at lyon: 4 min 11 s, downtime 187.3 ms
   known at the target  480.0 MiB
   zero in memory         2.0 GiB
   superseded pages     300.0 MiB
+
+  link: 195.0 Mbit/s, round trip 82.4 ms (80.1 ms at least), 1.0 % of what was sent was sent again, connected anew once
 
   note: the guest was slowed down to 80 % for 12 s
 ";

@@ -17,6 +17,7 @@ fn a_name_is_enough() {
     assert_eq!(config.listen, "0.0.0.0:4873".parse().unwrap());
     assert_eq!(config.control_socket(), Path::new("/run/longhaul/control.sock"));
     assert_eq!(config.limits.downtime, Duration::from_millis(300));
+    assert_eq!(config.limits.link_patience, Duration::from_secs(300));
     assert_eq!(config.host.accel, AccelPreference::Auto);
 }
 
@@ -47,6 +48,7 @@ fn everything_is_read() {
         rate = "20M"
         memory = "512M"
         downtime_limit_ms = 150
+        link_patience_s = 0
         [hooks]
         before_switchover = "/etc/before"
         timeout_s = 5
@@ -64,6 +66,7 @@ fn everything_is_read() {
     assert_eq!(config.host.networks["dark"], NetworkBackend::None);
     assert!(config.host.firmware.contains_key("ovmf"));
     assert_eq!(config.limits.memory, ByteCount(512 << 20));
+    assert_eq!(config.limits.link_patience, Duration::ZERO);
     assert_eq!(config.limits.rate, "20M".parse().ok());
     assert_eq!(config.hooks.timeout, Duration::from_secs(5));
     assert_eq!(config.hooks.after_switchover, None);
@@ -88,6 +91,7 @@ fn refusals_name_file_line_and_remedy() {
         ("[agent]\nname = \"x\"\n[pools]\ndefault = \"disks\"", "agent.toml:4: `disks` is not"),
         ("[agent]\nname = \"x\"\n[limits]\n\nrate = \"fast\"", "agent.toml:5: `fast` is not a r"),
         ("[agent]\nname = \"x\"\n[limits]\nmemory = \"1M\"", "agent.toml:4: 1M is too little"),
+        ("[agent]\nname = \"x\"\n[limits]\nlink_patience_s = 99999999", "agent.toml:4: 99999999 s"),
         ("[agent]\nname = \"x\"\n[networks]\nlan = { user = true, bridge = \"b\" }", "exactly one"),
         ("[agent]\nname = \"x\"\n[hooks]\ntimeout_s = 0", "agent.toml:4: 0 seconds"),
         ("[agent]\nname = 5", "agent.toml:2: invalid type"),

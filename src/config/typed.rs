@@ -19,6 +19,10 @@ use crate::units::ByteCount;
 
 /// Downtime that a migration may take when the job does not say.
 const DEFAULT_DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
+/// How long a job waits for a link that is down when the file does not say.
+const DEFAULT_LINK_PATIENCE: Duration = Duration::from_secs(300);
+/// Beyond a day, a job that waits is forgotten by those who began it.
+const LINK_PATIENCE_MAX_S: u64 = 24 * 3600;
 /// Memory for staging when the file does not say.
 const DEFAULT_MEMORY: ByteCount = ByteCount(1 << 30);
 /// Less than this cannot hold one batch of every class.
@@ -164,6 +168,7 @@ pub(super) struct LimitsTyped {
     rate: Option<Spanned<String>>,
     memory: Option<Spanned<String>>,
     downtime_limit_ms: Option<Spanned<u64>>,
+    link_patience_s: Option<Spanned<u64>>,
 }
 
 impl LimitsTyped {
@@ -182,6 +187,13 @@ impl LimitsTyped {
             }
         };
         let downtime = |ms: &u64| valid_downtime_limit(*ms).map(Duration::from_millis);
+        let patience = |seconds: &u64| match *seconds {
+            0..=LINK_PATIENCE_MAX_S => Ok(Duration::from_secs(*seconds)),
+            _ => {
+                let use_less = format!("use at most {LINK_PATIENCE_MAX_S}, which is a day");
+                Err(problem(format!("{seconds} s are too long to wait for a link"), use_less))
+            }
+        };
         Ok(Limits {
             rate: self.rate.as_ref().map(|text| source.checked(text, rate)).transpose()?,
             memory: match &self.memory {
@@ -191,6 +203,10 @@ impl LimitsTyped {
             downtime: match &self.downtime_limit_ms {
                 Some(ms) => source.checked(ms, downtime)?,
                 None => DEFAULT_DOWNTIME_LIMIT,
+            },
+            link_patience: match &self.link_patience_s {
+                Some(seconds) => source.checked(seconds, patience)?,
+                None => DEFAULT_LINK_PATIENCE,
             },
         })
     }

@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use longhaul_transport::Session;
@@ -66,6 +67,8 @@ pub struct Site {
     pub hooks: Arc<dyn Hooks>,
     /// A folder for files without a name.
     pub scratch: PathBuf,
+    /// How long an attempt waits for a link that is down, before the hand-over.
+    pub link_patience: Duration,
     /// Its hand-overs that are not settled.
     pub doubts: Doubts,
     /// Held by whoever acts upon what a target's journal says.

@@ -4,6 +4,7 @@
 //! here waits for a peer without that way out.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use longhaul_transport::{Class, ControlReceiver, ControlSender, PathStats, Session};
@@ -12,6 +13,7 @@ use tokio::task::JoinHandle;
 
 use super::error::MigrationError;
 use super::message::{BulkHeader, ToSource, ToTarget};
+use super::report::{ClassReport, LinkReport};
 
 /// Answers of the target that nobody has read yet; more is a protocol error of the peer's.
 const REPLIES_MAX: usize = 64;
@@ -93,6 +95,16 @@ impl Link {
         })
     }
 
+    /// Waits for a link that is down for up to `patience` from now on, instead of calling it lost.
+    pub(super) fn set_patience(&self, patience: Duration) {
+        self.session.set_patience(patience);
+    }
+
+    /// For how long the link has been down, if it is.
+    pub(super) fn down_for(&self) -> Option<Duration> {
+        self.session.down_for()
+    }
+
     pub(super) fn peer(&self) -> &str {
         &self.peer
     }
@@ -108,6 +120,36 @@ impl Link {
             return path.bandwidth as f64 * PAYLOAD_SHARE;
         }
         path.cwnd as f64 / path.rtt.as_secs_f64().max(MIN_RTT_S) * CARRIED_SHARE
+    }
+
+    /// What the link has carried and cost so far.
+    pub(super) fn report(&self) -> LinkReport {
+        let path = self.session.stats();
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+        let classes = Class::ALL.into_iter().zip(path.classes).rev();
+        LinkReport {
+            wire_bytes_sent: path.wire_bytes_sent,
+            wire_bytes_received: path.wire_bytes_received,
+            repeated_bytes: path.lost_bytes,
+            packets_sent: path.sent_packets,
+            packets_lost: path.lost_packets,
+            rtt_ms: ms(path.rtt),
+            min_rtt_ms: ms(path.min_rtt),
+            queueing_ms: ms(path.rtt.saturating_sub(path.min_rtt)),
+            window_bytes: path.cwnd,
+            pacing_bits_per_s: path.pacing_rate * 8,
+            bandwidth_bits_per_s: path.bandwidth * 8,
+            reconnects: path.reconnects,
+            down_ms: self.down_for().map_or(0, |down| down.as_millis() as u64),
+            classes: classes
+                .map(|(class, bytes)| ClassReport {
+                    class: class.name().to_owned(),
+                    sent_bytes: bytes.sent,
+                    arrived_bytes: bytes.acked,
+                    received_bytes: bytes.received,
+                })
+                .collect(),
+        }
     }
 
     /// Wire bytes so far, both directions.

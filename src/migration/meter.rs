@@ -179,6 +179,7 @@ impl Meter {
             elapsed_ms: at_ms,
             forecast_left_ms,
             note: state.note.take(),
+            link: None,
         }
     }
 
@@ -205,6 +206,7 @@ impl Meter {
             wire_bytes,
             payload_bytes: state.done.iter().map(|(_, report)| report.payload_bytes).sum(),
             notes: state.notes.clone(),
+            link: None,
         }
     }
 }

@@ -57,6 +57,55 @@ pub struct Progress {
     pub forecast_left_ms: Option<u64>,
     /// Something an operator wants to know now ("link down for 3 s, trying again").
     pub note: Option<String>,
+    /// What the link does; absent before there is one.
+    #[serde(default)]
+    pub link: Option<Box<LinkReport>>,
+}
+
+/// What a link has carried and cost, and how it is at the moment of the report.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct LinkReport {
+    /// Bytes sent, with all headers down to IP's, repetitions included.
+    pub wire_bytes_sent: u64,
+    /// Bytes received, counted alike.
+    pub wire_bytes_received: u64,
+    /// Of those sent, taken for lost and sent again.
+    pub repeated_bytes: u64,
+    /// Packets sent.
+    pub packets_sent: u64,
+    /// Of those, taken for lost.
+    pub packets_lost: u64,
+    /// Smoothed round trip.
+    pub rtt_ms: f64,
+    /// Lowest round trip seen.
+    pub min_rtt_ms: f64,
+    /// What a packet waits beyond that: the queue, ours and that of others.
+    pub queueing_ms: f64,
+    /// Bytes that may be under way.
+    pub window_bytes: u64,
+    /// Bits a second at which packets leave at most; 0 if that is not known.
+    pub pacing_bits_per_s: u64,
+    /// Bits a second that the path is thought to deliver; 0 if that is not known.
+    pub bandwidth_bits_per_s: u64,
+    /// How often the session has gone on over another connection.
+    pub reconnects: u64,
+    /// For how long the link has been down now; 0 if it is up.
+    pub down_ms: u64,
+    /// Payload by class, the most urgent first.
+    pub classes: Vec<ClassReport>,
+}
+
+/// Payload of one class on a link.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClassReport {
+    /// Its name.
+    pub class: String,
+    /// Bytes sent, each once.
+    pub sent_bytes: u64,
+    /// Of these, known to be at the peer.
+    pub arrived_bytes: u64,
+    /// Bytes received.
+    pub received_bytes: u64,
 }
 
 /// What moved in one phase.
@@ -156,4 +205,7 @@ pub struct Completed {
     pub payload_bytes: u64,
     /// Things an operator should know ("the stream was not understood and passed through").
     pub notes: Vec<String>,
+    /// What the link has carried and cost.
+    #[serde(default)]
+    pub link: Option<Box<LinkReport>>,
 }

@@ -135,6 +135,7 @@ struct Parked {
 impl Attempt<'_> {
     /// Everything that can be undone.
     async fn work(&self) -> Result<Worked, MigrationError> {
+        self.link.set_patience(self.site.link_patience);
         let at_generation = self.open().await?;
         if self.job.purpose != Purpose::Seed {
             self.meter.later(self.vm.spec().memory_mib << 20);
@@ -297,6 +298,8 @@ impl Attempt<'_> {
         hook.await.map_err(|reason| {
             refused(self.job, vec![format!("the hook before the switchover failed: {reason}")])
         })?;
+        // A guest that stands still waits for nobody.
+        self.link.set_patience(Duration::ZERO);
         points::reach(points::PAUSING).await;
         stage.flat_out();
         self.vm.allow_switchover().await?;
@@ -328,7 +331,7 @@ impl Attempt<'_> {
         })?;
         self.end_journal();
         self.link.close("the seed is complete");
-        Ok(self.meter.complete(self.at_ms(), self.link.wire_bytes(), None))
+        Ok(self.complete(None))
     }
 
     /// From here on the target decides.
@@ -375,7 +378,12 @@ impl Attempt<'_> {
             self.meter.note(format!("the hook after the switchover failed: {reason}"));
         }
         self.link.close("the VM has arrived");
-        Ok(self.meter.complete(self.at_ms(), self.link.wire_bytes(), Some(downtime)))
+        Ok(self.complete(Some(downtime)))
+    }
+
+    fn complete(&self, downtime: Option<Downtime>) -> Completed {
+        let report = self.meter.complete(self.at_ms(), self.link.wire_bytes(), downtime);
+        Completed { link: Some(Box::new(self.link.report())), ..report }
     }
 
     /// Gives the guest back and says so to the peer.
@@ -422,7 +430,16 @@ impl Attempt<'_> {
     }
 
     fn progress(&self) -> Progress {
-        self.meter.progress(self.at_ms(), self.link.wire_bytes())
+        let mut progress = self.meter.progress(self.at_ms(), self.link.wire_bytes());
+        progress.link = Some(Box::new(self.link.report()));
+        if let Some(down) = self.link.down_for() {
+            let (down_s, patience_s) = (down.as_secs(), self.site.link_patience.as_secs());
+            progress.note = Some(format!(
+                "the link to {} is down for {down_s} s; waiting up to {patience_s} s for it",
+                self.job.peer
+            ));
+        }
+        progress
     }
 
     fn at_ms(&self) -> u64 {

@@ -215,6 +215,8 @@ impl<'a> Arrival<'a> {
                 return Err(self.bad(&reason));
             }
         }
+        // The source says when a lost link is to be waited for.
+        self.session.set_patience(self.site.link_patience);
         let outcome = self.receive(messages, infos).await;
         if let Err(error) = &outcome {
             tracing::warn!(

@@ -36,6 +36,9 @@ fn breaks(test: &str, fault: Fault, phases: &[(&str, u64)]) {
     };
     let setting = Setting { rate_mbit: 30, append, ..Setting::default() };
     let Some(mut stage) = Stage::with_guest(test, &setting) else { return };
+    if fault == Fault::Link {
+        stage.take_patience();
+    }
     let mut sent_bytes = 0;
     let mut last = Instant::now();
     for &(phase, bytes) in phases {
@@ -146,6 +149,25 @@ fn the_target_hypervisor_is_killed() {
 #[test]
 fn the_link_is_cut() {
     breaks("cut", Fault::Link, &[SEED, SYNC, PRE_COPY]);
+}
+
+/// A cut that ends is no failure: the same job goes on.
+#[test]
+fn a_link_that_comes_back_is_waited_for() {
+    let setting = Setting { rate_mbit: 30, ..Setting::default() };
+    let Some(mut stage) = Stage::with_guest("waits", &setting) else { return };
+    let job = stage.begin("migrate");
+    for (phase, bytes) in [SEED, PRE_COPY] {
+        stage.until(job, phase, bytes);
+        stage.wan.cut().unwrap();
+        stage.until_noted(job, "the link to b is down for");
+        stage.watch.wait_alive(Side::A).unwrap();
+        stage.wan.restore().unwrap();
+    }
+    let outcome = stage.outcome(job);
+    assert!(outcome["completed"].is_object(), "{outcome:#}{}", stage.logs());
+    stage.assert_moved();
+    stage.assert_well(Side::B);
 }
 
 #[test]

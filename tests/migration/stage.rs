@@ -156,8 +156,33 @@ impl Stage {
         started["started"]["id"].as_u64().unwrap_or_else(|| panic!("no job in {started}"))
     }
 
+    /// Has the agents give a job up when its link is lost.
+    pub(crate) fn take_patience(&mut self) {
+        let file = self.pair.folder(Side::B).join("agent.toml");
+        let mut config: toml::Table = std::fs::read_to_string(&file).unwrap().parse().unwrap();
+        let limits = config.entry("limits").or_insert_with(|| toml::Table::new().into());
+        limits.as_table_mut().unwrap().insert("link_patience_s".into(), 0.into());
+        std::fs::write(&file, config.to_string()).unwrap();
+        self.pair.stop(Side::B).unwrap();
+        self.pair.restart(&self.wan, Side::B).unwrap();
+    }
+
     /// Waits until the job is in `phase` and has moved something there; gives its progress.
     pub(crate) fn until(&self, job: u64, phase: &str, payload_bytes: u64) -> Value {
+        self.until_progress(job, phase, |progress| {
+            let is_enough = progress["payload_bytes"].as_u64().unwrap() >= payload_bytes;
+            progress["phase"] == phase && is_enough
+        })
+    }
+
+    /// Waits until the job's progress has a note with these words in it.
+    pub(crate) fn until_noted(&self, job: u64, words: &str) {
+        self.until_progress(job, words, |progress| {
+            progress["note"].as_str().is_some_and(|note| note.contains(words))
+        });
+    }
+
+    fn until_progress(&self, job: u64, what: &str, is_it: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let status = self.pair.status(Side::A).unwrap();
@@ -165,13 +190,11 @@ impl Stage {
                 .as_array()
                 .and_then(|jobs| jobs.iter().find(|running| running["id"] == job))
                 .map_or(Value::Null, |running| running["progress"].clone());
-            assert!(!progress.is_null(), "job {job} ended before {phase}: {status:#}");
-            if progress["phase"] == phase
-                && progress["payload_bytes"].as_u64().unwrap() >= payload_bytes
-            {
+            assert!(!progress.is_null(), "job {job} ended before {what}: {status:#}");
+            if is_it(&progress) {
                 return progress;
             }
-            assert!(Instant::now() < deadline, "job {job} does not get to {phase}: {progress}");
+            assert!(Instant::now() < deadline, "job {job} does not get to {what}: {progress}");
             std::thread::sleep(LOOK_PERIOD);
         }
     }
