@@ -20,7 +20,7 @@ use crate::fingerprint::Fingerprint;
 use crate::frame::{Hello, PROTOCOL_VERSION};
 use crate::greeting::{self, GreetingError};
 use crate::identity::{CERTIFICATE_NAME, Identity};
-use crate::pace::PacedSocket;
+use crate::pace::{PacedSocket, Place};
 use crate::reset::{self, ResetKey};
 use crate::session::{Session, canonical};
 use crate::socket;
@@ -48,7 +48,6 @@ struct Shared {
     server: quinn::ServerConfig,
     transport: Arc<quinn::TransportConfig>,
     connection_window: u64,
-    paced: Arc<PacedSocket>,
 }
 
 struct Inner {
@@ -144,7 +143,7 @@ impl Endpoint {
         let quic = quinn::Endpoint::new_with_abstract_socket(
             config,
             Some(server.clone()),
-            socket.clone(),
+            socket,
             runtime,
         )
         .map_err(BindError::Endpoint)?;
@@ -161,7 +160,6 @@ impl Endpoint {
             server,
             transport,
             connection_window: tuning.connection_window(),
-            paced: socket,
         });
         let (sessions, accepted) = mpsc::channel(ACCEPT_BACKLOG);
         let accepting = tokio::spawn(accept_all(shared.clone(), sessions));
@@ -189,7 +187,7 @@ impl Endpoint {
     ) -> Result<Session, ConnectError> {
         let shared = &self.0.shared;
         let presented = Presented::default();
-        let connecting = shared.start(addr, Expect::Key(expected), presented.clone())?;
+        let (connecting, place) = shared.start(addr, Expect::Key(expected), presented.clone())?;
         let attempt = async {
             let connection = connecting.await.map_err(GreetingError::Lost)?;
             let (send, recv, hello) = greeting::connect(&connection, &shared.hello).await?;
@@ -204,7 +202,7 @@ impl Endpoint {
                 Err(_) => return Err(ConnectError::Unreachable { addr }),
             };
         let window = shared.connection_window;
-        Ok(Session::new(connection, expected, hello, (send, recv), window, shared.paced.clone()))
+        Ok(Session::new(connection, expected, hello, (send, recv), window, place))
     }
 
     /// Learns the fingerprint of the agent at `addr`, for an operator to compare before pairing.
@@ -216,7 +214,7 @@ impl Endpoint {
     pub async fn probe(&self, addr: SocketAddr) -> Result<Fingerprint, ConnectError> {
         let shared = &self.0.shared;
         let presented = Presented::default();
-        let connecting = shared.start(addr, Expect::Probe, presented.clone())?;
+        let (connecting, _) = shared.start(addr, Expect::Probe, presented.clone())?;
         let error = match tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await {
             Ok(Ok(connection)) => {
                 connection.close(CloseCode::Done.value(), b"probed");
@@ -252,13 +250,14 @@ impl Shared {
         addr: SocketAddr,
         expect: Expect,
         presented: Presented,
-    ) -> Result<quinn::Connecting, ConnectError> {
+    ) -> Result<(quinn::Connecting, Arc<Place>), ConnectError> {
         let crypto = tls::client(&self.identity, expect, presented)?;
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
         config.transport_config(self.transport.clone());
-        self.quic
-            .connect_with(config, addr, CERTIFICATE_NAME)
-            .map_err(|source| ConnectError::Local { addr, source })
+        let (connecting, place) =
+            Place::of_new(|| self.quic.connect_with(config, addr, CERTIFICATE_NAME));
+        let connecting = connecting.map_err(|source| ConnectError::Local { addr, source })?;
+        Ok((connecting, place))
     }
 
     fn connect_error(
@@ -368,7 +367,8 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
     };
     let mut config = shared.server.clone();
     config.crypto = Arc::new(crypto);
-    let connected = match incoming.accept_with(Arc::new(config)) {
+    let (connecting, place) = Place::of_new(|| incoming.accept_with(Arc::new(config)));
+    let connected = match connecting {
         Ok(connecting) => connecting.await,
         Err(error) => Err(error),
     };
@@ -395,13 +395,12 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
     match greeting::accept(&connection, &shared.hello).await {
         Ok((send, recv, hello)) => {
             // Room first: a session in the queue is one that will be taken.
-            let Ok(place) = sessions.reserve().await else {
+            let Ok(room) = sessions.reserve().await else {
                 connection.close(CloseCode::Shutdown.value(), b"the agent stops");
                 return;
             };
             let window = shared.connection_window;
-            let socket = shared.paced.clone();
-            place.send(Session::new(connection, fingerprint, hello, (send, recv), window, socket));
+            room.send(Session::new(connection, fingerprint, hello, (send, recv), window, place));
         }
         Err(GreetingError::Version { theirs }) => tracing::warn!(
             %fingerprint,

@@ -19,7 +19,7 @@ use crate::fingerprint::Fingerprint;
 use crate::frame::{FrameError, Hello};
 use crate::inbox::{self, Batch, Inbox};
 use crate::outbox::{self, Slots};
-use crate::pace::{PacedSocket, Pacing};
+use crate::pace::{Pacing, Place};
 use crate::rate::{JobRate, RateLimiter};
 use crate::stats::{Counters, PathStats};
 
@@ -148,9 +148,9 @@ impl Session {
         hello: Hello,
         control: (SendStream, RecvStream),
         connection_window: u64,
-        socket: Arc<PacedSocket>,
+        place: Arc<Place>,
     ) -> Self {
-        let pacing = Pacing::new(socket);
+        let pacing = Pacing::new(place);
         pacing.follow(&connection);
         let link = Arc::new(Link {
             inbox: Inbox::new(),
@@ -197,8 +197,10 @@ impl Session {
         Some((ControlSender::new(send, self.0.clone()), ControlReceiver::new(recv, self.0.clone())))
     }
 
-    /// Sends batches under the caps of `job` from the next one on. Without this there is no cap.
+    /// Sends under the caps of `job`: what leaves from now on, batches from the next one on. Without
+    /// this there is no cap.
     pub fn set_rate(&self, job: JobRate) {
+        self.0.link.pacing.set_rate(job.clone());
         *self.0.rate.lock().unwrap_or_else(PoisonError::into_inner) = job;
     }
 

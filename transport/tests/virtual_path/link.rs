@@ -38,6 +38,7 @@ struct Direction {
     under_way: VecDeque<(Instant, Vec<u8>)>,
     reader: Option<Waker>,
     tally: Tally,
+    departures: Vec<(Instant, u64)>,
 }
 
 impl Direction {
@@ -48,6 +49,7 @@ impl Direction {
             under_way: VecDeque::new(),
             reader: None,
             tally: Tally::default(),
+            departures: Vec::new(),
         }))
     }
 
@@ -55,6 +57,7 @@ impl Direction {
         let bytes = packet.len() as u32 + HEADER;
         self.tally.offered += 1;
         self.tally.offered_bytes += u64::from(bytes);
+        self.departures.push((Instant::now(), u64::from(bytes)));
         match self.link.offer(self.began.elapsed(), bytes) {
             Verdict::Deliver(at) => {
                 self.under_way.push_back((self.began + at, packet.to_vec()));
@@ -103,6 +106,12 @@ impl End {
         lock(&self.into).link.cut();
     }
 
+    /// Carries again what is sent from now on.
+    pub(crate) fn restore(&self) {
+        lock(&self.out).link.restore();
+        lock(&self.into).link.restore();
+    }
+
     /// Gives the direction from this end another rate.
     pub(crate) fn set_rate_mbit(&self, mbit: u64) {
         lock(&self.out).link.set_rate(mbit * 1_000_000);
@@ -111,6 +120,11 @@ impl End {
     /// Time since the link began.
     pub(crate) fn age(&self) -> Duration {
         lock(&self.out).began.elapsed()
+    }
+
+    /// When this end sent how many bytes, headers included.
+    pub(crate) fn departures(&self) -> Vec<(Instant, u64)> {
+        lock(&self.out).departures.clone()
     }
 
     /// What became of the packets that this end sent.
