@@ -121,15 +121,15 @@ async fn a_changed_cap_holds_within_half_a_second() {
         let wire = Wire::of(&[&pair]);
         wire.check("changed", cap, changed + CHANGE, Instant::now());
 
-        // How long it took, for people: the last and the first 50 ms that are as they should be.
+        // How long it took, for people.
         let bits = rate(cap).unwrap().bits_per_second() as f64;
         let step = Duration::from_millis(10);
         let near = |nth: u32| {
             let at = changed + nth * step;
-            (0.9..1.1).contains(&(wire.mean(at, at + 5 * step) / bits))
+            (0.85..1.15).contains(&(wire.mean(at, at + 10 * step) / bits))
         };
         let held = (0..100).find(|nth| (*nth..*nth + 50).all(near)).map(|nth| nth * step);
-        println!("changed to {cap}: within 10 % in every 50 ms after {held:?}");
+        println!("changed to {cap}: within 15 % in every 100 ms from {held:?} on");
     }
 }
 
@@ -200,11 +200,22 @@ async fn a_class_cap_holds_beside_classes_that_have_none() {
 #[tokio::test(start_paused = true)]
 async fn a_hand_over_does_not_wait_behind_capped_pages() {
     let rtt = Duration::from_millis(80);
-    for (job_cap, class_cap) in
-        [(Some("20M"), None), (None, Some("20M")), (Some("20M"), Some("5M")), (Some("1M"), None)]
-    {
+    for (agent_cap, job_cap, class_cap) in [
+        (None, Some("20M"), None),
+        (None, None, Some("20M")),
+        (None, Some("20M"), Some("5M")),
+        (None, Some("1M"), None),
+        (Some("20M"), None, None),
+        (Some("64k"), None, Some("64k")),
+    ] {
         let pair = connect(&path(200, 80, 0), 1, Tuning::default()).await;
-        let job = RateLimiter::new().job();
+        let agent = RateLimiter::new();
+        agent.set_agent(agent_cap.and_then(rate));
+        // Another job that takes what it gets of the agent's cap.
+        let (other, its_peer) = pair.another().await;
+        other.set_rate(agent.job());
+        let busy = agent_cap.map(|_| keep_busy(&other, &its_peer, &[Class::Pages], 4));
+        let job = agent.job();
         job.set_job(job_cap.and_then(rate));
         for class in Class::ALL {
             job.set_class(class, class_cap.and_then(rate));
@@ -229,8 +240,8 @@ async fn a_hand_over_does_not_wait_behind_capped_pages() {
             while pair.to.recv_batch().await.unwrap().class != Class::HandOver {}
             latest = latest.max(sent.elapsed());
         }
-        println!("hand-over under {job_cap:?} for the job, {class_cap:?} a class: {latest:?}");
+        println!("hand-over under {agent_cap:?}, job {job_cap:?}, class {class_cap:?}: {latest:?}");
         assert!(latest <= rtt / 2 + Duration::from_millis(20), "{latest:?}");
-        pages.abort_all();
+        drop((pages, busy));
     }
 }
