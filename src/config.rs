@@ -12,9 +12,10 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use longhaul_transport::BitRate;
+use jiff::tz::TimeZone;
 use toml::Spanned;
 
+use crate::calendar::RateCalendar;
 use crate::hypervisor::qemu::image::ImageTools;
 use crate::hypervisor::spec::host::HostPolicy;
 use crate::units::ByteCount;
@@ -97,8 +98,10 @@ pub struct Config {
 /// Bounds on what the agent takes from the host and the link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    /// Cap on what all jobs together send; none if absent.
-    pub rate: Option<BitRate>,
+    /// Cap on what all jobs together send.
+    pub rate: RateCalendar,
+    /// The zone whose clocks caps follow.
+    pub time_zone: TimeZone,
     /// Memory for staging pages and chunks, over all jobs.
     pub memory: ByteCount,
     /// Downtime that a migration may take unless its command says otherwise.

@@ -5,10 +5,11 @@
 //!
 //! Reading order: [`migration`] (what a move is), [`hypervisor`] (what it asks of a hypervisor and
 //! how QEMU answers), [`agent`] (the daemon around it), [`control`] (how commands talk to it),
-//! [`cli`] (the commands). Beside them: [`config`] (what an operator set) and [`units`] (how amounts
-//! are written).
+//! [`cli`] (the commands). Beside them: [`config`] (what an operator set), [`calendar`] (caps that
+//! follow the clock) and [`units`] (how amounts are written).
 
 pub mod agent;
+pub mod calendar;
 pub mod cli;
 pub mod config;
 pub mod control;

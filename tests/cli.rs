@@ -182,6 +182,7 @@ fn every_help_is_there() {
         "migrate",
         "watch",
         "status",
+        "limit",
         "cancel",
     ];
     for command in commands {
@@ -254,6 +255,37 @@ fn an_agent_starts_alone_answers_and_stops() {
     assert!(!agent.socket().exists());
     (agent.child, agent.log) = spawn(&agent.file());
     assert_eq!(agent.fingerprint(), before);
+}
+
+#[test]
+fn caps_are_shown_and_changed_while_the_agent_runs() {
+    let mut agent = Agent::start("paris");
+    assert_eq!(agent.ok(&["limit"]), "WHAT       NOW        NEXT  AS SET\nthis host  unlimited\n");
+    let changed = agent.ok(&["limit", "--rate", "20M"]);
+    assert!(changed.contains("this host  20M") && changed.contains("says unlimited"), "{changed}");
+    let calendar = "mon-fri 08:00-20:00=20M, sat,sun=unlimited, else=200M";
+    let limits = agent.json(&["limit", "--rate", calendar]);
+    assert_eq!(limits["agent"]["set"], calendar);
+    assert!(limits["agent"]["next"]["at"].is_string(), "{limits}");
+    assert_eq!(limits["configured"], "unlimited");
+
+    let (code, _, err) = agent.run(&["limit", "db1", "--rate", "1M"]);
+    assert_eq!(code, 2);
+    assert!(err.contains("no job moves db1") && err.contains("next:"), "{err}");
+    let (code, _, err) = agent.run(&["limit", "--rate", "08:00-20:00=20M"]);
+    assert_eq!(code, 2);
+    assert!(err.contains("end with else=200M"), "{err}");
+    assert_eq!(agent.json(&["limit"])["agent"]["set"], calendar);
+
+    // A command's cap ends with the agent; the configuration's comes back.
+    agent.stop();
+    let file = agent.file();
+    let text =
+        std::fs::read_to_string(&file).unwrap().replace("# rate = \"100M\"", "rate = \"5M\"");
+    std::fs::write(&file, text).unwrap();
+    (agent.child, agent.log) = spawn(&file);
+    let limits = agent.json(&["limit"]);
+    assert_eq!((&limits["agent"]["now"], &limits["configured"]), (&"5M".into(), &Value::Null));
 }
 
 #[test]

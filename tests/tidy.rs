@@ -32,12 +32,13 @@ const MEANINGLESS: [&str; 5] = ["utils", "util", "common", "helpers", "misc"];
 
 /// Modules of the product, each with the modules and crates that it may name. The order is that of
 /// the imports: main -> {cli, agent} -> scheduler -> control -> migration -> {hypervisor, transport}
-/// -> dedup. `units` and `config` are values that the upper layers share.
-const MAY_IMPORT: [(&str, &[&str]); 9] = [
+/// -> dedup. `units`, `calendar` and `config` are values that the upper layers share.
+const MAY_IMPORT: [(&str, &[&str]); 10] = [
     ("main", &["agent", "cli", "config", "control", "scheduler"]),
     (
         "agent",
         &[
+            "calendar",
             "config",
             "control",
             "hypervisor",
@@ -48,18 +49,21 @@ const MAY_IMPORT: [(&str, &[&str]); 9] = [
             "units",
         ],
     ),
-    ("cli", &["config", "control", "migration", "scheduler", "units"]),
+    ("cli", &["calendar", "config", "control", "migration", "scheduler", "units"]),
     ("scheduler", &["control", "longhaul_transport", "migration", "units"]),
-    ("control", &["longhaul_transport", "migration", "units"]),
-    ("config", &["hypervisor", "longhaul_transport", "units"]),
+    ("control", &["calendar", "longhaul_transport", "migration", "units"]),
+    ("config", &["calendar", "hypervisor", "longhaul_transport", "units"]),
+    ("calendar", &["longhaul_transport"]),
     ("migration", &["hypervisor", "longhaul_dedup", "longhaul_transport"]),
     ("hypervisor", &[]),
     ("units", &[]),
 ];
 
 /// Files that take the time as an argument, or need none.
-const WITHOUT_CLOCK: [&str; 7] = [
+const WITHOUT_CLOCK: [&str; 9] = [
     "src/agent/admission.rs",
+    "src/calendar/mod.rs",
+    "src/calendar/text.rs",
     "src/migration/converge.rs",
     "src/migration/handover/mod.rs",
     "src/migration/handover/source.rs",
@@ -217,7 +221,7 @@ fn migration_knows_no_hypervisor_by_name() {
 #[test]
 fn control_and_config_take_units_only_from_the_transport() {
     for path in files(&["src"], &["rs"]) {
-        if matches!(module(&path).as_str(), "control" | "config") {
+        if matches!(module(&path).as_str(), "calendar" | "control" | "config") {
             for named in imports(&path).iter().filter(|named| named.starts_with("longhaul_")) {
                 let rate = ["longhaul_transport::BitRate", "longhaul_transport::ParseBitRateError"];
                 assert!(rate.contains(&named.as_str()), "{} imports {named}", shown(&path));

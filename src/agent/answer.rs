@@ -10,6 +10,7 @@ use std::time::Duration;
 use longhaul_transport::{Endpoint, Fingerprint};
 
 use super::admission::Wish;
+use super::caps::Caps;
 use super::jobs::{Follow, Jobs, MoveOptions, Mover};
 use super::peers::{Peer, PeerBook, PeersError, full_address};
 use super::registry::Registry;
@@ -40,6 +41,7 @@ pub(crate) struct Desk {
     pub(crate) registry: Arc<Registry>,
     pub(crate) jobs: Arc<Jobs>,
     pub(crate) mover: Arc<dyn Mover>,
+    pub(crate) caps: Arc<Caps>,
 }
 
 /// What comes of a request.
@@ -103,6 +105,7 @@ impl Desk {
                 self.registry.adopt(qmp.as_ref(), name).await.map(Reply::Adopted)
             }
             Request::VmCheck { vm, to } => self.check(vm, to).await,
+            Request::Limit(wish) => self.caps.change(wish).map(Box::new).map(Reply::Limits),
             Request::Cancel { vm } => self.cancel(&vm).await,
             Request::Resolve { vm, runs, confirm } => {
                 if confirm != vm {
@@ -259,10 +262,14 @@ impl Desk {
             identity: self.identity(),
             vms: self.registry.list().await,
             peers: self.peers.list().into_iter().map(summary).collect(),
-            jobs: self.jobs.summaries(),
+            jobs: self.jobs.summaries().into_iter().map(|job| self.with_limits(job)).collect(),
             in_doubt: self.mover.in_doubt().await,
             recent: self.jobs.recent(RECENT_MAX),
         }
+    }
+
+    fn with_limits(&self, job: JobSummary) -> JobSummary {
+        JobSummary { limits: self.caps.of_job(&job.vm).map(Box::new), ..job }
     }
 
     fn identity(&self) -> OwnIdentity {

@@ -9,13 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use longhaul_transport::{BitRate, Session};
+use longhaul_transport::Session;
 use tokio::sync::watch;
 
 use super::admission::{Occupied, Wish, admit};
 use super::cancel::{CancelReason, CancelToken};
 use super::history::History;
 use super::peers::Peer;
+use crate::calendar::RateCalendar;
 use crate::control::{Failure, FailureKind, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary};
 use crate::hypervisor::VmSpec;
 use crate::migration::handover::Choice;
@@ -45,7 +46,7 @@ pub struct MoveOptions {
     /// at it to decide earlier.
     pub deadline_s: Option<u64>,
     /// Cap for this job, below the agent's own.
-    pub rate: Option<BitRate>,
+    pub rate: Option<RateCalendar>,
 }
 
 /// Moves VMs. The agent decides who may be moved when, and the mover how.
@@ -128,6 +129,7 @@ impl Follow {
             peer: self.peer.clone(),
             started: self.started,
             progress: self.progress.borrow().clone(),
+            limits: None,
         }
     }
 

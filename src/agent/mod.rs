@@ -12,6 +12,7 @@ pub mod admission;
 mod answer;
 pub mod book;
 pub mod cancel;
+pub mod caps;
 mod durable;
 mod history;
 pub mod hooks;
@@ -29,7 +30,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use longhaul_transport::{BindError, Endpoint, Identity, IdentityError, RateLimiter, Tuning};
+use longhaul_transport::{BindError, Endpoint, Identity, IdentityError, Tuning};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
@@ -38,6 +39,7 @@ use crate::hypervisor::spec::host::{AccelPreference, HostPolicy};
 use answer::Desk;
 use book::{Book, BookError};
 use cancel::{CancelReason, CancelToken};
+use caps::Caps;
 use history::History;
 use hooks::Hooks;
 use jobs::{Jobs, Mover};
@@ -103,8 +105,8 @@ pub struct Parts {
     pub registry: Arc<Registry>,
     /// The operator's programs.
     pub hooks: Hooks,
-    /// The cap on what all jobs send.
-    pub rate: RateLimiter,
+    /// The caps on what is sent.
+    pub caps: Arc<Caps>,
 }
 
 /// Runs an agent until SIGTERM or SIGINT. `mover` is made once, when all its parts are there.
@@ -133,8 +135,7 @@ pub async fn run(
     let registry = Arc::new(Registry::new(book, with_kvm_probed(&config.host).await));
     let history_file = state_dir.join("history.jsonl");
     let history = History::load(&history_file).map_err(io_error("reading", &history_file))?;
-    let rate = RateLimiter::new();
-    rate.set_agent(config.limits.rate);
+    let caps = Caps::new(&config.limits);
     let trust = Arc::clone(&peers);
     let endpoint = Endpoint::bind(config.listen, &identity, trust, Tuning::default())?;
     let listen = endpoint.local_addr();
@@ -144,7 +145,7 @@ pub async fn run(
         peers: Arc::clone(&peers),
         registry: Arc::clone(&registry),
         hooks: Hooks::new(config.hooks.clone()),
-        rate,
+        caps: Arc::clone(&caps),
     })
     .map_err(io_error("reading the journals in", state_dir))?;
     let jobs = Arc::new(Jobs::new(Arc::clone(&mover), history));
@@ -164,6 +165,7 @@ pub async fn run(
         registry,
         jobs: Arc::clone(&jobs),
         mover: Arc::clone(&mover),
+        caps: Arc::clone(&caps),
     });
     let stopping = CancelToken::new();
     let serving =
@@ -175,6 +177,7 @@ pub async fn run(
 
     let signal = tokio::select! {
         () = socket.serve(desk) => "none",
+        () = caps.follow_the_clock() => "none",
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     };

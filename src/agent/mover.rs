@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use longhaul_transport::{Endpoint, RateLimiter, Session};
+use longhaul_transport::{Endpoint, JobRate, Session};
 use tokio::sync::watch;
 
 use super::Parts;
 use super::cancel::CancelToken;
+use super::caps::Caps;
 use super::hooks::{self, Hooks, Moment, Occasion};
 use super::jobs::{Job, Mover};
 use super::peers::{Peer, PeerBook};
@@ -43,7 +44,7 @@ pub struct MigrationMover {
     attempts: Attempts,
     endpoint: Endpoint,
     peers: Arc<PeerBook>,
-    rate: RateLimiter,
+    caps: Arc<Caps>,
     staging_bytes: u64,
 }
 
@@ -73,7 +74,7 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         attempts: Attempts::default(),
         endpoint: parts.endpoint,
         peers: parts.peers,
-        rate: parts.rate,
+        caps: parts.caps,
         staging_bytes: parts.config.limits.memory.0 / STAGING_SHARE,
     };
     for history in mover.site.journals.unfinished()? {
@@ -88,6 +89,7 @@ impl MigrationMover {
             endpoint: self.endpoint.clone(),
             peers: Arc::clone(&self.peers),
             peer: peer.to_owned(),
+            rate: self.caps.agent_alone(),
         }
     }
 
@@ -126,7 +128,8 @@ impl MigrationMover {
         progress: &watch::Sender<Progress>,
         cancel: &CancelToken,
     ) -> Result<Completed, Failure> {
-        let dial = self.dialer(&job.peer.name);
+        let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
+        let dial = Dialer { rate: caps.rate(), ..self.dialer(&job.peer.name) };
         let limit_ms = job.options.downtime_limit_ms as f64;
         let deadline = job.options.deadline_s.map_or(DEADLINE_DEFAULT, Duration::from_secs);
         let order = job::Job {
@@ -179,9 +182,6 @@ impl MigrationMover {
         };
         let session = session
             .map_err(|detail| MigrationError::Cut { peer: job.peer.name.clone(), detail })?;
-        let rate = self.rate.job();
-        rate.set_job(job.options.rate);
-        session.set_rate(rate);
         let cancelled = async {
             cancel.cancelled().await;
         };
@@ -213,6 +213,8 @@ impl Mover for MigrationMover {
     }
 
     async fn serve(&self, session: Session, peer: Peer, cancel: CancelToken) {
+        // A target sends answers and acknowledgements: a few percent, and they count.
+        session.set_rate(self.caps.agent_alone());
         let left =
             |began: &Began, attempt| began.role == Role::Target && !self.attempts.contains(attempt);
         let serving = async {
@@ -354,6 +356,8 @@ struct Dialer {
     endpoint: Endpoint,
     peers: Arc<PeerBook>,
     peer: String,
+    /// What its sessions send under.
+    rate: JobRate,
 }
 
 #[async_trait]
@@ -364,7 +368,10 @@ impl Dial for Dialer {
         let found = tokio::net::lookup_host(&peer.address).await;
         for address in found.map_err(|error| format!("{}: {error}", peer.address))? {
             match self.endpoint.connect(address, peer.fingerprint).await {
-                Ok(session) => return Ok(session),
+                Ok(session) => {
+                    session.set_rate(self.rate.clone());
+                    return Ok(session);
+                }
                 Err(error) => last = chain(&error),
             }
         }

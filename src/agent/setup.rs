@@ -184,8 +184,13 @@ unplugged = {{ none = true }}
 # ovmf = "/usr/share/OVMF/OVMF_CODE.fd"
 
 [limits]
-# Cap on what all jobs together send, in bits per second: "20M", "1G". No cap without it.
+# Cap on what all jobs together send, in bits per second: "20M", "1G". No cap without it. Or one that
+# follows the clock, the first window that fits decides:
+#   "08:00-20:00=20M, else=200M", "mon-fri 08:00-20:00=20M, sat,sun=unlimited, else=200M"
+# `longhaul limit` changes it while the agent runs.
 # rate = "100M"
+# Whose clock that is; the host's own without it.
+# time_zone = "Europe/Paris"
 # Memory for staging pages and chunks, over all jobs.
 # memory = "1G"
 # Downtime that a migration may take unless its command says otherwise.
@@ -254,7 +259,8 @@ mod tests {
         let prepared = init(Some(dir.path()), None, Some("paris"), LISTEN).unwrap();
         let text = std::fs::read_to_string(&prepared.file).unwrap();
         let default = |line: &str| {
-            let skip = ["rate", "lan ", "routed ", "ovmf ", "before_", "after_", "fence"];
+            let skip =
+                ["rate", "time_zone", "lan ", "routed ", "ovmf ", "before_", "after_", "fence"];
             line.contains(" = ") && !skip.iter().any(|name| line.starts_with(name))
         };
         let open = |line: &str| match line.strip_prefix("# ") {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::control::BitRate;
+use crate::calendar::{CalendarError, RateCalendar};
 use crate::units::parse_duration;
 
 /// Exit codes, as they are documented in the help.
@@ -142,6 +142,23 @@ Example:
   longhaul status
   longhaul status --json | jq '.jobs[].progress.payload_bytes'")]
     Status,
+    /// Show or change how fast may be sent
+    #[command(after_help = "\
+Without --rate and --class the caps that hold now are shown, and what comes next. With a VM its job
+is meant, else all that this host sends. A cap is in bits per second (20M, 1G), \"unlimited\", or a
+calendar: windows of the day, the week or both, of which the first that fits decides, and what
+holds else. Times are those of limits.time_zone in the configuration, or of this host.
+
+The lowest cap holds: of this host, of the job, of the class. A change holds at once. A job's caps
+end with the job; this host's cap is again what the configuration says when the agent is
+restarted. The hand-over itself never waits.
+
+Example:
+  longhaul limit                                              # what holds now
+  longhaul limit --rate 50M
+  longhaul limit --rate \"mon-fri 08:00-20:00=20M, sat,sun=unlimited, else=200M\"
+  longhaul limit db1 --rate unlimited --class seed=20M")]
+    Limit(LimitArgs),
     /// Stop the job that moves a VM; the guest runs on here
     #[command(after_help = "\
 What the target has received stays there, so the next try is short.
@@ -185,6 +202,27 @@ pub enum Runs {
     Here,
     /// At the other side.
     There,
+}
+
+/// Arguments of `limit`.
+#[derive(Debug, Args)]
+pub struct LimitArgs {
+    /// The VM whose job is meant
+    pub vm: Option<String>,
+    /// The new cap
+    #[arg(long, value_name = "CAP")]
+    pub rate: Option<RateCalendar>,
+    /// A new cap for a class of what the job sends: seed, blocks, pages or device-state
+    #[arg(long, value_name = "CLASS=CAP", value_parser = parse_class_cap, requires = "vm")]
+    pub class: Vec<(String, RateCalendar)>,
+}
+
+fn parse_class_cap(text: &str) -> Result<(String, RateCalendar), String> {
+    let Some((class, cap)) = text.split_once('=') else {
+        return Err("write it as in seed=20M".to_owned());
+    };
+    let cap = cap.parse().map_err(|error: CalendarError| error.to_string())?;
+    Ok((class.trim().to_owned(), cap))
 }
 
 /// Arguments of `init`.
@@ -327,9 +365,9 @@ pub struct VmName {
 /// What seeds and migrations have in common.
 #[derive(Debug, Args)]
 pub struct MoveArgs {
-    /// Send at most this fast: bits per second, e.g. 20M
-    #[arg(long, value_name = "RATE")]
-    pub rate: Option<BitRate>,
+    /// Send at most this fast: bits per second, e.g. 20M, or a calendar as `limit` takes it
+    #[arg(long, value_name = "CAP")]
+    pub rate: Option<RateCalendar>,
     /// Give up after this time, e.g. 30m or 2h
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub deadline: Option<Duration>,
@@ -401,6 +439,13 @@ mod tests {
         assert!(parse("longhaul migrate db1 --to lyon --downtime-limit 300").is_err());
         assert!(parse("longhaul seed db1 --to lyon --rate 20M").is_ok());
         assert!(parse("longhaul seed db1 --to lyon --rate fast").is_err());
+        assert!(parse("longhaul seed db1 --to lyon --rate 08:00-20:00=20M,else=1G").is_ok());
+        assert!(parse("longhaul seed db1 --to lyon --rate 08:00-20:00=20M").is_err());
+        assert!(parse("longhaul limit").is_ok());
+        assert!(parse("longhaul limit db1 --rate 1M --class seed=1M --class pages=2M").is_ok());
+        assert!(parse("longhaul limit --class seed=1M").is_err());
+        assert!(parse("longhaul limit db1 --class seed").is_err());
+        assert!(parse("longhaul limit --rate fast").is_err());
         assert!(parse("longhaul seed db1").is_err());
         assert!(parse("longhaul seed db1 --forget").is_ok());
         assert!(parse("longhaul seed db1 --forget --to lyon").is_err());

@@ -40,7 +40,7 @@ fn request(vm: &str, to: String, how: &MoveArgs, downtime_limit_ms: Option<u64>)
         downtime_limit_ms,
         // A deadline of less than a second would be none.
         deadline_s: how.deadline.map(|deadline| deadline.as_secs().max(1)),
-        rate: how.rate,
+        rate: how.rate.clone(),
         detach: how.detach,
     }
 }

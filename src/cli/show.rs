@@ -5,7 +5,7 @@
 use super::args::Global;
 use super::progress::line;
 use super::table::Table;
-use super::{CommandError, Exit, ask, pair, print, vm};
+use super::{CommandError, Exit, ask, limit, pair, print, vm};
 use crate::control::{JobOutcome, JobRecord, JobSummary, Reply, Request, Status};
 use crate::migration::journal::Role;
 use crate::units::{ByteCount, duration_text};
@@ -53,10 +53,11 @@ fn status_text(status: &Status) -> String {
 }
 
 fn jobs_text(jobs: &[JobSummary]) -> String {
-    let mut table = Table::new(&[">JOB", "KIND", "VM", "TO", "PROGRESS"]);
+    let mut table = Table::new(&[">JOB", "KIND", "VM", "TO", "CAP", "PROGRESS"]);
     for job in jobs {
         let (id, kind) = (job.id.to_string(), job.kind.to_string());
-        table.row([id, kind, job.vm.clone(), job.peer.clone(), line(&job.progress)]);
+        let cap = job.limits.as_ref().map_or_else(|| "-".to_owned(), |limits| limit::short(limits));
+        table.row([id, kind, job.vm.clone(), job.peer.clone(), cap, line(&job.progress)]);
     }
     table.render("")
 }

@@ -18,6 +18,7 @@ fn a_name_is_enough() {
     assert_eq!(config.control_socket(), Path::new("/run/longhaul/control.sock"));
     assert_eq!(config.limits.downtime, Duration::from_millis(300));
     assert_eq!(config.limits.link_patience, Duration::from_secs(300));
+    assert_eq!(config.limits.rate, RateCalendar::always(None));
     assert_eq!(config.host.accel, AccelPreference::Auto);
 }
 
@@ -45,7 +46,8 @@ fn everything_is_read() {
         [firmware]
         ovmf = "/usr/share/OVMF/OVMF_CODE.fd"
         [limits]
-        rate = "20M"
+        rate = "08:00-20:00=20M,else=200M"
+        time_zone = "UTC"
         memory = "512M"
         downtime_limit_ms = 150
         link_patience_s = 0
@@ -67,7 +69,8 @@ fn everything_is_read() {
     assert!(config.host.firmware.contains_key("ovmf"));
     assert_eq!(config.limits.memory, ByteCount(512 << 20));
     assert_eq!(config.limits.link_patience, Duration::ZERO);
-    assert_eq!(config.limits.rate, "20M".parse().ok());
+    assert_eq!(config.limits.rate.to_string(), "08:00-20:00=20M, else=200M");
+    assert_eq!(config.limits.time_zone.iana_name(), Some("UTC"));
     assert_eq!(config.hooks.timeout, Duration::from_secs(5));
     assert_eq!(config.hooks.after_switchover, None);
 }
@@ -89,7 +92,9 @@ fn refusals_name_file_line_and_remedy() {
         ("[agent]\nname = \"../x\"", "agent.toml:2: `../x` is not a name; use up to"),
         ("[agent]\nname = \"x\"\nlisten = \"4873\"", "agent.toml:3: `4873` is not an address"),
         ("[agent]\nname = \"x\"\n[pools]\ndefault = \"disks\"", "agent.toml:4: `disks` is not"),
-        ("[agent]\nname = \"x\"\n[limits]\n\nrate = \"fast\"", "agent.toml:5: `fast` is not a r"),
+        ("[agent]\nname = \"x\"\n[limits]\n\nrate = \"fast\"", "agent.toml:5: `fast` is not a cap"),
+        ("[agent]\nname = \"x\"\n[limits]\nrate = \"mon=1M\"", "end with else=200M"),
+        ("[agent]\nname = \"x\"\n[limits]\ntime_zone = \"Europe/Atlantis\"", "is no time zone"),
         ("[agent]\nname = \"x\"\n[limits]\nmemory = \"1M\"", "agent.toml:4: 1M is too little"),
         ("[agent]\nname = \"x\"\n[limits]\nlink_patience_s = 99999999", "agent.toml:4: 99999999 s"),
         ("[agent]\nname = \"x\"\n[networks]\nlan = { user = true, bridge = \"b\" }", "exactly one"),

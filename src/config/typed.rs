@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use longhaul_transport::BitRate;
+use jiff::tz::TimeZone;
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -14,6 +14,7 @@ use super::{
     ConfigError, HookConfig, Limits, Problem, Source, absolute, problem, valid_downtime_limit,
     valid_name,
 };
+use crate::calendar::RateCalendar;
 use crate::hypervisor::spec::host::{AccelPreference, HostPolicy, NetworkBackend};
 use crate::units::ByteCount;
 
@@ -166,6 +167,7 @@ fn interface(name: &str) -> Result<String, Problem> {
 #[serde(deny_unknown_fields)]
 pub(super) struct LimitsTyped {
     rate: Option<Spanned<String>>,
+    time_zone: Option<Spanned<String>>,
     memory: Option<Spanned<String>>,
     downtime_limit_ms: Option<Spanned<u64>>,
     link_patience_s: Option<Spanned<u64>>,
@@ -174,9 +176,17 @@ pub(super) struct LimitsTyped {
 impl LimitsTyped {
     pub(super) fn meaning(&self, source: &Source<'_>) -> Result<Limits, ConfigError> {
         let rate = |text: &String| {
-            text.parse::<BitRate>().map_err(|_| {
-                let what = format!("`{text}` is not a rate");
-                problem(what, "write e.g. \"20M\" for 20 Mbit/s, or remove the line for no cap")
+            text.parse::<RateCalendar>().map_err(|error| {
+                let what = format!("`{text}` is not a cap: {error}");
+                let remedy = "write e.g. \"20M\" for 20 Mbit/s or \"08:00-20:00=20M, \
+                              else=200M\", or remove the line for no cap";
+                problem(what, remedy)
+            })
+        };
+        let zone = |name: &String| {
+            TimeZone::get(name).map_err(|_| {
+                let what = format!("`{name}` is no time zone that this host knows");
+                problem(what, "write e.g. \"Europe/Paris\", or remove the line for the host's own")
             })
         };
         let memory = |text: &String| match text.parse::<ByteCount>() {
@@ -195,7 +205,14 @@ impl LimitsTyped {
             }
         };
         Ok(Limits {
-            rate: self.rate.as_ref().map(|text| source.checked(text, rate)).transpose()?,
+            rate: match &self.rate {
+                Some(text) => source.checked(text, rate)?,
+                None => RateCalendar::always(None),
+            },
+            time_zone: match &self.time_zone {
+                Some(name) => source.checked(name, zone)?,
+                None => TimeZone::system(),
+            },
             memory: match &self.memory {
                 Some(text) => source.checked(text, memory)?,
                 None => DEFAULT_MEMORY,

@@ -3,12 +3,14 @@
 //! Invariant: these types are the JSON that scripts read, so a field is added, never renamed. They
 //! carry plain values; what they mean is decided by the agent.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use longhaul_transport::BitRate;
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
+use crate::calendar::RateCalendar;
 use crate::migration::handover::Choice;
 use crate::migration::journal::Role;
 use crate::migration::{Completed, Progress};
@@ -91,6 +93,8 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
+    /// Change caps, or ask which hold.
+    Limit(LimitRequest),
     /// Stop the job that moves a VM; the guest runs on here.
     Cancel {
         /// The VM.
@@ -137,10 +141,24 @@ pub struct MoveRequest {
     pub deadline_s: Option<u64>,
     /// Cap for this job; the agent's own cap holds in any case.
     #[serde(default)]
-    pub rate: Option<BitRate>,
+    pub rate: Option<RateCalendar>,
     /// Answer as soon as the job is admitted, not when it ended.
     #[serde(default)]
     pub detach: bool,
+}
+
+/// Caps to be changed; if there are none, those that hold are asked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LimitRequest {
+    /// The VM whose job is meant; the agent as a whole if absent.
+    #[serde(default)]
+    pub vm: Option<String>,
+    /// The new cap.
+    #[serde(default)]
+    pub rate: Option<RateCalendar>,
+    /// New caps of classes of a job, by name.
+    #[serde(default)]
+    pub classes: BTreeMap<String, RateCalendar>,
 }
 
 /// One line of an answer.
@@ -204,6 +222,8 @@ pub enum Reply {
     Started(JobSummary),
     /// A job that reached its end.
     Completed(Box<Completed>),
+    /// The caps that hold.
+    Limits(Box<Limits>),
     /// Everything worth knowing.
     Status(Box<Status>),
 }
@@ -314,6 +334,52 @@ impl fmt::Display for JobKind {
     }
 }
 
+/// The caps that hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// The zone whose clocks they follow.
+    pub time_zone: String,
+    /// On all that is sent.
+    pub agent: Limit,
+    /// What the configuration says instead, if a command has changed that.
+    pub configured: Option<RateCalendar>,
+    /// Of the jobs that run.
+    pub jobs: Vec<JobLimits>,
+}
+
+/// The caps of a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobLimits {
+    /// The VM that it moves.
+    pub vm: String,
+    /// On all that it sends.
+    pub rate: Limit,
+    /// On what it sends of some classes.
+    pub classes: BTreeMap<String, Limit>,
+}
+
+/// A cap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// As it was set.
+    pub set: RateCalendar,
+    /// What of it holds now; nothing if there is no cap now.
+    pub now: Option<BitRate>,
+    /// What comes next.
+    pub next: Option<LimitChange>,
+}
+
+/// A cap that is going to change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LimitChange {
+    /// When.
+    pub at: jiff::Timestamp,
+    /// When, as the clocks of the caps' zone show it: `Mon 20:00`.
+    pub clock: String,
+    /// To what; nothing if there is no cap then.
+    pub rate: Option<BitRate>,
+}
+
 /// A job that runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JobSummary {
@@ -329,6 +395,9 @@ pub struct JobSummary {
     pub started: jiff::Timestamp,
     /// Where it is.
     pub progress: Progress,
+    /// Its own caps, if it has any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Box<JobLimits>>,
 }
 
 /// A job that ended.
@@ -421,6 +490,14 @@ mod tests {
                     deadline_s: None,
                     rate: "20M".parse().ok(),
                     detach: false,
+                }),
+            ),
+            (
+                json!({"limit": {"vm": "db1", "classes": {"seed": "08:00-20:00=1M, else=2M"}}}),
+                Request::Limit(LimitRequest {
+                    vm: Some("db1".into()),
+                    classes: [("seed".into(), "08:00-20:00=1M, else=2M".parse().unwrap())].into(),
+                    ..LimitRequest::default()
                 }),
             ),
         ];

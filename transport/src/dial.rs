@@ -17,6 +17,7 @@ use crate::frame::{Hello, Seen, SessionId};
 use crate::greeting::GreetingError;
 use crate::identity::CERTIFICATE_NAME;
 use crate::link::Line;
+use crate::pace::Place;
 use crate::tls::{self, Expect, Presented};
 
 /// How long one try waits for an answer when a connection is made again. Short: while the link is
@@ -43,12 +44,15 @@ impl Dial {
     }
 
     /// Connects for the first time.
-    pub(crate) async fn first(&self) -> Result<Connection, ConnectError> {
+    pub(crate) async fn first(&self) -> Result<(Connection, Arc<Place>), ConnectError> {
         self.connect(self.shared.transport.clone()).await
     }
 
     /// Tries once to connect anew, with what is known of the path from `line`.
-    pub(crate) async fn again(&self, line: &Line) -> Result<Connection, ConnectError> {
+    pub(crate) async fn again(
+        &self,
+        line: &Line,
+    ) -> Result<(Connection, Arc<Place>), ConnectError> {
         let [_, bandwidth] = line.pacing.rates();
         let path = line.connection.stats().path;
         let transport = self.shared.tuning.transport_after(bandwidth, path.min_rtt);
@@ -57,29 +61,37 @@ impl Dial {
         connected.unwrap_or(Err(ConnectError::Unreachable { addr: self.addr }))
     }
 
-    async fn connect(&self, transport: Arc<TransportConfig>) -> Result<Connection, ConnectError> {
+    async fn connect(
+        &self,
+        transport: Arc<TransportConfig>,
+    ) -> Result<(Connection, Arc<Place>), ConnectError> {
         let presented = Presented::default();
         let expect = Expect::Key(self.expected);
-        let connecting = self.shared.start(self.addr, expect, presented.clone(), transport)?;
-        connecting.await.map_err(|error| self.failed(&presented, GreetingError::Lost(error)))
+        let (connecting, place) =
+            self.shared.start(self.addr, expect, presented.clone(), transport)?;
+        match connecting.await {
+            Ok(connection) => Ok((connection, place)),
+            Err(error) => Err(self.failed(&presented, GreetingError::Lost(error))),
+        }
     }
 }
 
 impl Shared {
-    /// Begins a connection.
+    /// Begins a connection; with its place at the socket.
     pub(crate) fn start(
         &self,
         addr: SocketAddr,
         expect: Expect,
         presented: Presented,
         transport: Arc<TransportConfig>,
-    ) -> Result<quinn::Connecting, ConnectError> {
+    ) -> Result<(quinn::Connecting, Arc<Place>), ConnectError> {
         let crypto = tls::client(&self.identity, expect, presented)?;
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
         config.transport_config(transport);
-        self.quic
-            .connect_with(config, addr, CERTIFICATE_NAME)
-            .map_err(|source| ConnectError::Local { addr, source })
+        let (connecting, place) =
+            Place::of_new(|| self.quic.connect_with(config, addr, CERTIFICATE_NAME));
+        let connecting = connecting.map_err(|source| ConnectError::Local { addr, source })?;
+        Ok((connecting, place))
     }
 
     /// What to tell of a try that failed.

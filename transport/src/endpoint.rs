@@ -20,7 +20,7 @@ use crate::greeting::{self, GreetingError};
 use crate::identity::Identity;
 use crate::keeper::{Arrival, Registry, Role};
 use crate::link::Line;
-use crate::pace::PacedSocket;
+use crate::pace::{PacedSocket, Place};
 use crate::reset::{self, ResetKey};
 use crate::session::{Session, canonical};
 use crate::socket;
@@ -49,7 +49,6 @@ pub(crate) struct Shared {
     server: quinn::ServerConfig,
     pub(crate) transport: Arc<quinn::TransportConfig>,
     pub(crate) tuning: Tuning,
-    paced: Arc<PacedSocket>,
     registry: Arc<Registry>,
 }
 
@@ -146,7 +145,7 @@ impl Endpoint {
         let quic = quinn::Endpoint::new_with_abstract_socket(
             config,
             Some(server.clone()),
-            socket.clone(),
+            socket,
             runtime,
         )
         .map_err(BindError::Endpoint)?;
@@ -165,7 +164,6 @@ impl Endpoint {
             server,
             transport,
             tuning,
-            paced: socket,
             registry: Arc::default(),
         });
         let (sessions, accepted) = mpsc::channel(ACCEPT_BACKLOG);
@@ -194,17 +192,17 @@ impl Endpoint {
     ) -> Result<Session, ConnectError> {
         let dial = self.dial(addr, expected);
         let attempt = async {
-            let connection = dial.first().await?;
-            match greeting::connect(&connection, &dial.hello(None)).await {
-                Ok(greeted) => Ok((connection, greeted)),
+            let made = dial.first().await?;
+            match greeting::connect(&made.0, &dial.hello(None)).await {
+                Ok(greeted) => Ok((made, greeted)),
                 Err(error) => Err(dial.failed(&Presented::default(), error)),
             }
         };
-        let (connection, (send, recv, theirs)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, attempt)
+        let (made, (send, recv, theirs)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, attempt)
             .await
             .unwrap_or(Err(ConnectError::Unreachable { addr }))?;
         let shared = &self.0.shared;
-        Ok(shared.session(connection, expected, &theirs, (send, recv), Role::Dialer(dial)))
+        Ok(shared.session(made, expected, &theirs, (send, recv), Role::Dialer(dial)))
     }
 
     /// Where a new session is to be, and its name.
@@ -223,7 +221,7 @@ impl Endpoint {
         let shared = &self.0.shared;
         let presented = Presented::default();
         let transport = shared.transport.clone();
-        let connecting = shared.start(addr, Expect::Probe, presented.clone(), transport)?;
+        let (connecting, _) = shared.start(addr, Expect::Probe, presented.clone(), transport)?;
         let error = match tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await {
             Ok(Ok(connection)) => {
                 connection.close(CloseCode::Done.value(), b"probed");
@@ -257,13 +255,13 @@ impl Shared {
     /// Makes a session of a connection whose greeting is done.
     fn session(
         &self,
-        connection: quinn::Connection,
+        (connection, place): (quinn::Connection, Arc<Place>),
         peer: Fingerprint,
         theirs: &Hello,
         control: (quinn::SendStream, quinn::RecvStream),
         role: Role,
     ) -> Session {
-        let line = Arc::new(Line::first(connection, self.paced.clone()));
+        let line = Arc::new(Line::first(connection, place));
         Session::begin(line, peer, theirs, control, role, self.tuning.connection_window())
     }
 }
@@ -316,7 +314,8 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
     };
     let mut config = shared.server.clone();
     config.crypto = Arc::new(crypto);
-    let connected = match incoming.accept_with(Arc::new(config)) {
+    let (connecting, place) = Place::of_new(|| incoming.accept_with(Arc::new(config)));
+    let connected = match connecting {
         Ok(connecting) => connecting.await,
         Err(error) => Err(error),
     };
@@ -366,7 +365,8 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
     if let Some(seen) = theirs.goes_on {
         let answer = Hello { session: theirs.session, ..shared.hello.clone() };
         let control = (send, recv);
-        let arrival = Arrival { connection: connection.clone(), control, seen, answer };
+        let made = (connection.clone(), place);
+        let arrival = Arrival { made, control, seen, answer };
         let known = shared.registry.find(fingerprint, theirs.session);
         if known.is_none_or(|session| session.try_send(arrival).is_err()) {
             connection.close(CloseCode::Forgotten.value(), b"this agent has no such session");
@@ -384,12 +384,13 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
         return;
     }
     // Room first: a session in the queue is one that will be taken.
-    let Ok(place) = sessions.reserve().await else {
+    let Ok(room) = sessions.reserve().await else {
         connection.close(CloseCode::Shutdown.value(), b"the agent stops");
         return;
     };
     let role = Role::Listener(registered);
-    place.send(shared.session(connection, fingerprint, &theirs, (send, recv), role));
+    let made = (connection, place);
+    room.send(shared.session(made, fingerprint, &theirs, (send, recv), role));
 }
 
 #[cfg(test)]

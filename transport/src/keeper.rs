@@ -25,6 +25,7 @@ use crate::frame::{Hello, Seen, SessionId};
 use crate::greeting::{self, GreetingError};
 use crate::inbox;
 use crate::link::{Line, Link};
+use crate::pace::Place;
 use crate::receipts::{self, Writer};
 use crate::tls::Presented;
 
@@ -51,7 +52,7 @@ pub(crate) struct Streams {
 
 /// A connection on which the peer wants to go on with a session.
 pub(crate) struct Arrival {
-    pub(crate) connection: Connection,
+    pub(crate) made: (Connection, Arc<Place>),
     pub(crate) control: (SendStream, RecvStream),
     /// What the peer has.
     pub(crate) seen: Seen,
@@ -109,14 +110,15 @@ impl Drop for Registered {
 
 /// What may carry the session on.
 enum Candidate {
-    Dialed(Connection),
+    Dialed((Connection, Arc<Place>)),
     Arrived(Arrival),
 }
 
 impl Candidate {
     fn connection(&self) -> &Connection {
         match self {
-            Self::Dialed(connection) | Self::Arrived(Arrival { connection, .. }) => connection,
+            Self::Dialed((connection, _)) => connection,
+            Self::Arrived(arrival) => &arrival.made.0,
         }
     }
 }
@@ -268,7 +270,7 @@ impl Role {
             tokio::select! {
                 biased;
                 () = heard(line) => link.set_silent(None),
-                connection = redial(dial, line) => return connection.map(Candidate::Dialed),
+                made = redial(dial, line) => return made.map(Candidate::Dialed),
             }
         }
     }
@@ -337,21 +339,20 @@ impl Role {
 
     async fn greet(&self, link: &Link, candidate: Candidate) -> Result<Streams, Unfit> {
         let seen = link.seen();
-        let (connection, control, theirs) = match (candidate, self) {
-            (Candidate::Dialed(connection), Self::Dialer(dial)) => {
+        let (made, control, theirs) = match (candidate, self) {
+            (Candidate::Dialed(made), Self::Dialer(dial)) => {
                 let hello = dial.hello(Some(seen));
-                let greeting = timeout(HANDSHAKE_TIMEOUT, greeting::connect(&connection, &hello));
+                let greeting = timeout(HANDSHAKE_TIMEOUT, greeting::connect(&made.0, &hello));
                 let greeted = greeting.await.map_err(|_| Unfit::Lost)?;
                 let (send, recv, hello) = greeted.map_err(|error| dial.unfit(error))?;
                 let theirs = hello.goes_on.ok_or(Unfit::Refused(CloseReason::Forgotten))?;
-                (connection, (send, recv), theirs)
+                (made, (send, recv), theirs)
             }
             (Candidate::Arrived(arrival), _) => {
-                let Arrival { connection, control: (mut send, recv), seen: theirs, answer } =
-                    arrival;
+                let Arrival { made, control: (mut send, recv), seen: theirs, answer } = arrival;
                 let hello = Hello { goes_on: Some(seen), ..answer };
                 greeting::answer(&mut send, &hello).await.map_err(|_| Unfit::Lost)?;
-                (connection, (send, recv), theirs)
+                (made, (send, recv), theirs)
             }
             (Candidate::Dialed(_), Self::Listener(_)) => return Err(Unfit::Lost),
         };
@@ -361,11 +362,11 @@ impl Role {
             .and_then(|()| link.receipts.go_on(theirs.batches, link.inbox.list_parts()));
         match agreed {
             Ok(receipts) => {
-                let line = Arc::new(link.line().next(connection));
+                let line = Arc::new(link.line().next(made));
                 Ok(Streams { line, control, receipts, goes_on: Some(theirs.messages) })
             }
             Err(error) => {
-                link.violation(&connection, &error);
+                link.violation(&made.0, &error);
                 Err(Unfit::Ended)
             }
         }
@@ -407,11 +408,11 @@ impl Registered {
 }
 
 /// Connects anew, as often as it takes.
-async fn redial(dial: &Dial, line: &Line) -> Result<Connection, CloseReason> {
+async fn redial(dial: &Dial, line: &Line) -> Result<(Connection, Arc<Place>), CloseReason> {
     loop {
         let began = Instant::now();
         match dial.again(line).await {
-            Ok(connection) => return Ok(connection),
+            Ok(made) => return Ok(made),
             Err(error) if error.is_retryable() => {
                 tracing::debug!(%error, "the session has no connection yet");
                 sleep_until(began + TRY_WAIT).await;

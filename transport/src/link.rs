@@ -15,7 +15,7 @@ use crate::control::Messages;
 use crate::frame::{FrameError, Seen};
 use crate::inbox::Inbox;
 use crate::outbox::Outbox;
-use crate::pace::{PacedSocket, Pacing};
+use crate::pace::{Pacing, Place};
 use crate::rate::{JobRate, RateLimiter};
 use crate::receipts::Receipts;
 use crate::stats::{Counters, PathStats, Totals};
@@ -30,17 +30,16 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    /// A session's first connection, paced at `socket`.
-    pub(crate) fn first(connection: Connection, socket: Arc<PacedSocket>) -> Self {
-        let pacing = Pacing::new(socket);
+    /// A session's first connection, with its place at the socket.
+    pub(crate) fn first(connection: Connection, place: Arc<Place>) -> Self {
+        let pacing = Pacing::new(place);
         pacing.follow(&connection);
         Self { number: 0, connection, pacing }
     }
 
     /// The connection after this one.
-    pub(crate) fn next(&self, connection: Connection) -> Self {
-        let line = Self::first(connection, self.pacing.socket());
-        Self { number: self.number + 1, ..line }
+    pub(crate) fn next(&self, (connection, place): (Connection, Arc<Place>)) -> Self {
+        Self { number: self.number + 1, ..Self::first(connection, place) }
     }
 }
 
@@ -189,6 +188,7 @@ impl Link {
 
     /// The session goes on over `line`.
     pub(crate) fn up(&self, line: &Arc<Line>) {
+        line.pacing.set_rate(self.rate());
         self.stand(|state| {
             state.past.add(&state.line.connection);
             state.past.connections += 1;
@@ -281,6 +281,7 @@ impl Link {
     }
 
     pub(crate) fn set_rate(&self, rate: JobRate) {
+        self.line().pacing.set_rate(rate.clone());
         *self.rate.lock().unwrap_or_else(PoisonError::into_inner) = rate;
     }
 

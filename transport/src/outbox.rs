@@ -1,22 +1,24 @@
 //! Batches that leave: one stream each, by urgency, under the rate caps, bounded in number.
 //!
 //! Invariant: a batch reaches the peer whole and once or, if its sender gives up, not at all, however
-//! many connections that takes; and batches that are not acknowledged never use up the streams that
-//! more urgent classes need.
+//! many connections that takes; batches that are not acknowledged never use up the streams that more
+//! urgent classes need; and under a cap QUIC has little to send that is not on the wire yet.
 
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::{SendStream, VarInt, WriteError};
+use quinn::{PathStats, SendStream, VarInt, WriteError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::class::Class;
 use crate::congestion::carried;
 use crate::frame::BatchHead;
 use crate::link::{Line, Link};
+use crate::rate::JobRate;
 use crate::session::SendError;
 use crate::stats::header_bytes;
 use crate::tuning::MAX_UNI_STREAMS;
@@ -29,7 +31,15 @@ const SEND_WINDOW_MIN: u64 = 4 * 1024 * 1024;
 /// window for a round trip more: with 2, a path of 100 Mbit/s, 200 ms and 0.5 % loss carries 3 %
 /// less. Beyond 3 nothing is gained, and data only ages in the queue, where a page cannot be
 /// superseded any more.
-const SEND_WINDOW_HELD: u64 = 3;
+const SEND_WINDOW_HELD: u32 = 3;
+/// Send window under a cap, in what the cap carries in this time and the round trips above. A link
+/// that was cut then holds little that must be sent again before anything new.
+const SEND_WINDOW_TIME: Duration = Duration::from_millis(200);
+/// Least send window under a cap: a slice of each class.
+const SEND_WINDOW_CAPPED_MIN: u64 = 64 * 1024;
+/// One part in so many more is paid for at the entry than is handed to QUIC. What has come to wait
+/// there, behind repetitions or because a cap was lowered, drains by that much.
+const ENTRY_MARGIN: u64 = 200;
 /// Bytes of a QUIC packet that carry no stream data: header, frame header and seal, on average.
 const QUIC_OVERHEAD: u64 = 40;
 /// Code of a stream whose sender gave up.
@@ -260,7 +270,7 @@ async fn write(
     stream: &mut SendStream,
     pieces: Vec<Bytes>,
 ) -> Result<(), WriteError> {
-    let rate = link.rate();
+    let (rate, pacing) = (link.rate(), &line.pacing);
     let header = header_bytes(line.connection.remote_address());
     let mut slice = Vec::new();
     let mut sliced = 0;
@@ -272,12 +282,19 @@ async fn write(
             sliced += part.len();
             slice.push(part);
             if sliced == limit || (piece.is_empty() && pieces.peek().is_none()) {
-                let mtu = u64::from(fit_send_window(link, line));
-                // The caps are about the link, so headers are paid for too. Repetitions are not:
-                // they are known only later, and are few.
+                let path = fit_send_window(link, line, &rate);
+                // The caps are about the link: headers are paid for too, and with the next slice
+                // whatever else has left since the last one.
+                rate.owe(pacing.due(&path, header));
+                let mtu = u64::from(path.current_mtu);
                 let payload = mtu.saturating_sub(QUIC_OVERHEAD).max(1);
                 let wire = (sliced as u64).saturating_mul(mtu + header).div_ceil(payload);
-                rate.acquire(class, wire).await;
+                rate.acquire(class, wire + wire / ENTRY_MARGIN).await;
+                pacing.paid(wire);
+                if class == Class::HandOver {
+                    // Before it leaves what was handed to the socket already.
+                    pacing.hurry(wire + mtu + header);
+                }
                 stream.write_all_chunks(&mut slice).await?;
                 slice.clear();
                 sliced = 0;
@@ -288,8 +305,8 @@ async fn write(
     Ok(())
 }
 
-/// Sets the send window to what the path can use soon; returns the path's payload size.
-fn fit_send_window(link: &Link, line: &Line) -> u16 {
+/// Sets the send window to what the path, or the cap, can use soon; returns what QUIC knows of the path.
+fn fit_send_window(link: &Link, line: &Line, rate: &JobRate) -> PathStats {
     line.pacing.follow(&line.connection);
     let path = line.connection.stats().path;
     let limit = link.connection_window;
@@ -302,8 +319,11 @@ fn fit_send_window(link: &Link, line: &Line) -> u16 {
         // Of the congestion window a half: it is twice what the path holds, where that is not known.
         let [_, bandwidth] = line.pacing.rates();
         let held = carried(bandwidth, path.min_rtt).max(path.cwnd / 2);
-        (held * SEND_WINDOW_HELD).clamp(SEND_WINDOW_MIN.min(limit), limit)
+        let window = (held * u64::from(SEND_WINDOW_HELD)).clamp(SEND_WINDOW_MIN.min(limit), limit);
+        let span = path.rtt * SEND_WINDOW_HELD + SEND_WINDOW_TIME;
+        let capped = rate.lowest().map(|rate| rate.bytes_in(span).max(SEND_WINDOW_CAPPED_MIN));
+        capped.map_or(window, |capped| capped.min(window))
     };
     line.connection.set_send_window(window);
-    path.current_mtu
+    path
 }

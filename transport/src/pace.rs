@@ -1,16 +1,15 @@
-//! Pacing below QUIC: packets of a connection leave no faster than its controller wants.
+//! Pacing and caps below QUIC: what leaves, and when.
 //!
-//! Invariant: towards one address a batch leaves only when all before it are paid for at the rate of
-//! the connections that go there, and what a late timer has missed is made up for at most
-//! [`CREDIT_TIME`].
+//! Invariant: a batch of a connection leaves only when all before it are paid for, at the rate that
+//! the connection's controller wants and at those of its job's and the agent's caps. Paid for is
+//! what is on the wire: repetitions, acknowledgements and the headers of IP and UDP too. What a late
+//! timer has missed is made up for at most [`CREDIT_TIME`].
 //!
-//! quinn asks its socket before each batch, and a socket may say "not now": that is the one place
-//! below quinn's own pacer where a rate can be kept without changing quinn. The socket does not learn
-//! which connection asks until it is handed a batch; so the batch is refused there, and the same
-//! connection's poller, which quinn asks next and on the same thread, waits for the time.
+//! quinn asks a poller of the connection before each batch whether it may leave, and hands the batch
+//! to the socket right after, on the same thread: that is the one place below quinn's own pacer where
+//! a rate can be kept without changing quinn.
 
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::io::{self, IoSliceMut};
@@ -26,57 +25,128 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::time::{Instant, Sleep};
 
 use crate::congestion::PathView;
+use crate::rate::{CREDIT_TIME, JobRate};
 use crate::socket::segments_in_a_message;
+use crate::stats::header_bytes;
 use crate::tuning::ETHERNET_PAYLOAD;
-
-/// What a late timer may catch up on: tokio's tick in milliseconds, and a busy host.
-const CREDIT_TIME: Duration = Duration::from_millis(4);
 
 /// What one batch may take to leave.
 const BATCH_TIME: Duration = Duration::from_millis(1);
+/// A wait is looked at anew after this long, because caps change.
+const WAIT_MAX: Duration = Duration::from_millis(5);
 
 thread_local! {
-    /// When the batch that was just refused on this thread may leave.
-    static REFUSED_UNTIL: Cell<Option<Instant>> = const { Cell::new(None) };
+    /// The place that quinn has just made on this thread.
+    static MADE: Cell<Option<Arc<Place>>> = const { Cell::new(None) };
+    /// The place of the connection that hands over a batch on this thread next.
+    static SENDER: Cell<Option<Arc<Place>>> = const { Cell::new(None) };
 }
 
-/// The way to one address.
+/// One connection's place at the socket.
 #[derive(Debug)]
-struct Lane {
-    views: Vec<Weak<PathView>>,
-    /// Bytes that may leave at once; below zero they have to be waited for.
+pub(crate) struct Place(Mutex<State>);
+
+#[derive(Debug)]
+struct State {
+    /// What the controller wants; nothing is known of other controllers than ours.
+    view: Option<Arc<PathView>>,
+    /// The caps, once the connection is a session.
+    rate: Option<JobRate>,
+    /// Bytes that the controller lets leave at once; below zero they have to be waited for.
     credit: f64,
     filled: Instant,
+    /// Bytes that leave whatever the caps say: a hand-over, and what is already before it.
+    hurried: u64,
+    /// Bytes that left, as they are on the wire.
+    left: u64,
 }
 
-impl Lane {
-    /// Bytes a second; none if something goes there unpaced.
-    fn rate(&mut self) -> Option<f64> {
-        self.views.retain(|view| view.strong_count() > 0);
-        let mut sum = 0;
-        for view in self.views.iter().filter_map(Weak::upgrade) {
-            match view.pacing_rate.load(Ordering::Relaxed) {
-                0 => return None,
-                rate => sum += rate,
-            }
-        }
-        (sum > 0).then_some(sum as f64)
+impl State {
+    /// Bytes a second that the controller lets leave; none if it does not care.
+    fn pacing_rate(&self) -> Option<u64> {
+        let rate = self.view.as_ref()?.pacing_rate.load(Ordering::Relaxed);
+        (rate > 0).then_some(rate)
     }
 
-    /// Whether something may leave now, or else when. It is to be paid for with credit.
-    fn may_pass(&mut self, now: Instant) -> Result<(), Instant> {
-        let Some(rate) = self.rate() else {
-            (self.credit, self.filled) = (0.0, now);
-            return Ok(());
-        };
-        let gained = now.saturating_duration_since(self.filled).as_secs_f64() * rate;
-        self.credit = (self.credit + gained).min(CREDIT_TIME.as_secs_f64() * rate);
+    /// How long the controller lets the next batch wait.
+    fn pacing_wait(&mut self, now: Instant) -> Duration {
+        let elapsed = now.saturating_duration_since(self.filled).as_secs_f64();
         self.filled = now;
+        let Some(rate) = self.pacing_rate().map(|rate| rate as f64) else {
+            self.credit = 0.0;
+            return Duration::ZERO;
+        };
+        self.credit = (self.credit + elapsed * rate).min(CREDIT_TIME.as_secs_f64() * rate);
         // Less than a byte is nothing: the wait for it would be too short to pass.
         if self.credit < -1.0 {
-            return Err(now + Duration::from_secs_f64(-self.credit / rate));
+            Duration::from_secs_f64(-self.credit / rate)
+        } else {
+            Duration::ZERO
         }
-        Ok(())
+    }
+}
+
+impl Place {
+    fn new() -> Arc<Self> {
+        Arc::new(Self(Mutex::new(State {
+            view: None,
+            rate: None,
+            credit: 0.0,
+            filled: Instant::now(),
+            hurried: 0,
+            left: 0,
+        })))
+    }
+
+    /// What `make` returns, and the place of the connection that it makes.
+    pub(crate) fn of_new<T>(make: impl FnOnce() -> T) -> (T, Arc<Self>) {
+        MADE.take();
+        let made = make();
+        (made, MADE.take().unwrap_or_else(Self::new))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Whole after every operation.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether something may leave now, or else when to ask again.
+    fn may_leave(&self, now: Instant) -> Result<(), Instant> {
+        let mut state = self.state();
+        let paced = state.pacing_wait(now);
+        let capped = match &state.rate {
+            Some(rate) if state.hurried == 0 => rate.wait_to_leave(now.into_std()),
+            _ => Duration::ZERO,
+        };
+        if capped > paced
+            && let Some(view) = &state.view
+        {
+            view.is_capped.store(true, Ordering::Relaxed);
+        }
+        match paced.max(capped) {
+            Duration::ZERO => Ok(()),
+            wait => Err(now + wait.min(WAIT_MAX)),
+        }
+    }
+
+    /// `payload` bytes have left in as many `datagrams` with `header` bytes of IP and UDP each.
+    fn pay(&self, payload: usize, datagrams: usize, header: u64) {
+        let mut state = self.state();
+        let wire = payload as u64 + datagrams as u64 * header;
+        state.credit -= payload as f64;
+        state.hurried = state.hurried.saturating_sub(wire);
+        state.left += wire;
+        if let Some(rate) = &state.rate {
+            rate.left(wire);
+        }
+    }
+
+    /// Bytes a second at which it may send; none if nothing limits it.
+    fn rate(&self) -> Option<u64> {
+        let state = self.state();
+        let capped = state.rate.as_ref().and_then(JobRate::lowest);
+        let capped = capped.map(|rate| rate.bits_per_second() / 8);
+        [state.pacing_rate(), capped].into_iter().flatten().min()
     }
 }
 
@@ -85,107 +155,49 @@ pub(crate) struct PacedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     /// Segments that one message holds.
     segments: usize,
-    lanes: Mutex<HashMap<SocketAddr, Lane>>,
+    places: Mutex<Vec<Weak<Place>>>,
 }
 
 impl PacedSocket {
     /// Paces what leaves over `inner`, in payloads of up to `max_payload` bytes.
     pub(crate) fn new(inner: Arc<dyn AsyncUdpSocket>, max_payload: u16) -> Arc<Self> {
         let segments = segments_in_a_message(&*inner, max_payload);
-        Arc::new(Self { inner, segments, lanes: Mutex::default() })
+        Arc::new(Self { inner, segments, places: Mutex::default() })
     }
 
-    /// Paces what goes to `remote` by `view` too, for as long as that lives.
-    pub(crate) fn pace(&self, remote: SocketAddr, view: &Arc<PathView>) {
-        let mut lanes = self.lanes();
-        lanes.retain(|_, lane| lane.views.iter().any(|view| view.strong_count() > 0));
-        let new = || Lane { views: Vec::new(), credit: 0.0, filled: Instant::now() };
-        let lane = lanes.entry(remote).or_insert_with(new);
-        let view = Arc::downgrade(view);
-        if !lane.views.iter().any(|known| known.ptr_eq(&view)) {
-            lane.views.push(view);
-        }
-    }
-
-    fn lanes(&self) -> MutexGuard<'_, HashMap<SocketAddr, Lane>> {
-        // Whole after every operation.
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One connection's pacing: keeps to the path that it has now.
-#[derive(Debug)]
-pub(crate) struct Pacing {
-    socket: Arc<PacedSocket>,
-    /// Where the peer is, and the view of the way there; of other controllers than ours there is none.
-    path: Mutex<Option<(SocketAddr, Option<Arc<PathView>>)>>,
-}
-
-impl Pacing {
-    pub(crate) fn new(socket: Arc<PacedSocket>) -> Self {
-        Self { socket, path: Mutex::default() }
-    }
-
-    /// The socket at which it is paced.
-    pub(crate) fn socket(&self) -> Arc<PacedSocket> {
-        self.socket.clone()
-    }
-
-    /// Sees to it that the connection is paced where its peer is now.
-    pub(crate) fn follow(&self, connection: &quinn::Connection) {
-        let remote = connection.remote_address();
-        let mut path = self.path();
-        if path.as_ref().is_some_and(|(known, _)| *known == remote) {
-            return;
-        }
-        let view = PathView::of(connection);
-        if let Some(view) = &view {
-            self.socket.pace(remote, view);
-        }
-        *path = Some((remote, view));
-    }
-
-    /// What the controller knows of the path: its pacing rate and what it is thought to carry, in
-    /// bytes a second; 0 while that is not known.
-    pub(crate) fn rates(&self) -> [u64; 2] {
-        match &*self.path() {
-            Some((_, Some(view))) => {
-                [&view.pacing_rate, &view.bandwidth].map(|rate| rate.load(Ordering::Relaxed))
-            }
-            _ => [0; 2],
-        }
-    }
-
-    fn path(&self) -> MutexGuard<'_, Option<(SocketAddr, Option<Arc<PathView>>)>> {
-        self.path.lock().unwrap_or_else(PoisonError::into_inner)
+    fn places(&self) -> MutexGuard<'_, Vec<Weak<Place>>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl fmt::Debug for PacedSocket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PacedSocket").field("lanes", &self.lanes().len()).finish_non_exhaustive()
+        f.debug_struct("PacedSocket").field("places", &self.places().len()).finish_non_exhaustive()
     }
 }
 
 impl AsyncUdpSocket for PacedSocket {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        Box::pin(PacedPoller { inner: Arc::clone(&self.inner).create_io_poller(), wait: None })
+        let place = Place::new();
+        let mut places = self.places();
+        places.retain(|place| place.strong_count() > 0);
+        places.push(Arc::downgrade(&place));
+        drop(places);
+        MADE.set(Some(place.clone()));
+        let inner = Arc::clone(&self.inner).create_io_poller();
+        Box::pin(PacedPoller { inner, place, wait: None })
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let bytes = transmit.contents.len() as f64;
-        if let Some(lane) = self.lanes().get_mut(&transmit.destination) {
-            if let Err(until) = lane.may_pass(Instant::now()) {
-                REFUSED_UNTIL.set(Some(until));
-                return Err(io::ErrorKind::WouldBlock.into());
-            }
-            lane.credit -= bytes;
+        // Nobody's are the endpoint's own answers to strangers, which are few.
+        let sender = SENDER.take();
+        self.inner.try_send(transmit)?;
+        if let Some(place) = sender {
+            let payload = transmit.contents.len();
+            let datagrams = transmit.segment_size.map_or(1, |size| payload.div_ceil(size.max(1)));
+            place.pay(payload, datagrams, header_bytes(transmit.destination));
         }
-        self.inner.try_send(transmit).inspect_err(|_| {
-            if let Some(lane) = self.lanes().get_mut(&transmit.destination) {
-                lane.credit += bytes;
-            }
-        })
+        Ok(())
     }
 
     fn poll_recv(
@@ -202,11 +214,13 @@ impl AsyncUdpSocket for PacedSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        let slowest = self.lanes().values_mut().filter_map(Lane::rate).reduce(f64::min);
+        let places = self.places();
+        let slowest =
+            places.iter().filter_map(Weak::upgrade).filter_map(|place| place.rate()).min();
         slowest.map_or(self.segments, |rate| {
-            // A batch is stamped as sent before it is refused here: what it then waits for the batch
-            // before it would look like a queue on the path.
-            let batch = rate * BATCH_TIME.as_secs_f64() / f64::from(ETHERNET_PAYLOAD);
+            // A batch is stamped as sent before it may leave: what it then waits for the batch before
+            // it would look like a queue on the path.
+            let batch = rate as f64 * BATCH_TIME.as_secs_f64() / f64::from(ETHERNET_PAYLOAD);
             (batch as usize).clamp(1, self.segments)
         })
     }
@@ -220,87 +234,243 @@ impl AsyncUdpSocket for PacedSocket {
     }
 }
 
-/// One connection's place at the socket.
+/// Asks for one connection whether it may send.
 struct PacedPoller {
     inner: Pin<Box<dyn UdpPoller>>,
+    place: Arc<Place>,
     wait: Option<Pin<Box<Sleep>>>,
 }
 
 impl fmt::Debug for PacedPoller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PacedPoller").finish_non_exhaustive()
+        f.debug_struct("PacedPoller").field("place", &self.place).finish_non_exhaustive()
     }
 }
 
 impl UdpPoller for PacedPoller {
     fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if let Some(until) = REFUSED_UNTIL.take() {
-            match &mut self.wait {
-                Some(wait) => wait.as_mut().reset(until),
-                None => self.wait = Some(Box::pin(tokio::time::sleep_until(until))),
-            }
-        }
-        if let Some(wait) = &mut self.wait
-            && !wait.is_elapsed()
-        {
+        // Asked anew each time, also by a connection that waits and has got something urgent.
+        while let Err(until) = self.place.may_leave(Instant::now()) {
+            let wait = match &mut self.wait {
+                Some(wait) => {
+                    wait.as_mut().reset(until);
+                    wait
+                }
+                None => self.wait.insert(Box::pin(tokio::time::sleep_until(until))),
+            };
             ready!(wait.as_mut().poll(cx));
         }
-        self.inner.as_mut().poll_writable(cx)
+        ready!(self.inner.as_mut().poll_writable(cx))?;
+        SENDER.set(Some(self.place.clone()));
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// A session's hold on its place: keeps it to the path that the connection has now, and knows what
+/// of that which left has been paid for before QUIC had it.
+#[derive(Debug)]
+pub(crate) struct Pacing {
+    place: Arc<Place>,
+    account: Mutex<Account>,
+}
+
+#[derive(Debug, Default)]
+struct Account {
+    /// Where the peer is.
+    remote: Option<SocketAddr>,
+    /// Wire bytes that were paid for.
+    paid: u64,
+    /// Wire bytes that were lost so far, to be sent again.
+    lost: u64,
+}
+
+impl Account {
+    /// Wire bytes that are to be paid for beside what is handed to QUIC: what is sent again, and what
+    /// left beyond what was thought.
+    fn due(&mut self, lost: u64, left: u64) -> u64 {
+        let again = lost.saturating_sub(self.lost);
+        self.lost = self.lost.max(lost);
+        self.paid += again;
+        let beyond = left.saturating_sub(self.paid);
+        self.paid += beyond;
+        again + beyond
+    }
+}
+
+impl Pacing {
+    pub(crate) fn new(place: Arc<Place>) -> Self {
+        Self { place, account: Mutex::default() }
+    }
+
+    /// Sees to it that the connection is paced as its path is now.
+    pub(crate) fn follow(&self, connection: &quinn::Connection) {
+        let remote = Some(connection.remote_address());
+        let mut account = self.account();
+        if account.remote != remote {
+            account.remote = remote;
+            self.place.state().view = PathView::of(connection);
+        }
+    }
+
+    /// Puts the connection under the caps of `rate`.
+    pub(crate) fn set_rate(&self, rate: JobRate) {
+        self.place.state().rate = Some(rate);
+    }
+
+    /// Wire bytes that have left without having been paid for: some packets more than were thought,
+    /// and what is sent again because `path` has lost it.
+    pub(crate) fn due(&self, path: &quinn::PathStats, header: u64) -> u64 {
+        let lost = path.lost_bytes + path.lost_packets * header;
+        let left = self.place.state().left;
+        self.account().due(lost, left)
+    }
+
+    /// `wire` bytes are paid for and on their way to the socket.
+    pub(crate) fn paid(&self, wire: u64) {
+        self.account().paid += wire;
+    }
+
+    /// The next `wire` bytes leave whatever the caps say.
+    pub(crate) fn hurry(&self, wire: u64) {
+        self.place.state().hurried += wire;
+    }
+
+    /// What the controller knows of the path: its pacing rate and what it is thought to carry, in
+    /// bytes a second; 0 while that is not known.
+    pub(crate) fn rates(&self) -> [u64; 2] {
+        match &self.place.state().view {
+            Some(view) => {
+                [&view.pacing_rate, &view.bandwidth].map(|rate| rate.load(Ordering::Relaxed))
+            }
+            None => [0; 2],
+        }
+    }
+
+    fn account(&self) -> MutexGuard<'_, Account> {
+        self.account.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rate::RateLimiter;
 
-    fn lane(view: &Arc<PathView>) -> Lane {
-        Lane { views: vec![Arc::downgrade(view)], credit: 0.0, filled: Instant::now() }
+    const PACKET: usize = 1400;
+
+    fn paced(bytes_per_s: u64) -> (Arc<Place>, Arc<PathView>) {
+        let (place, view) = (Place::new(), Arc::new(PathView::default()));
+        view.pacing_rate.store(bytes_per_s, Ordering::Relaxed);
+        place.state().view = Some(view.clone());
+        (place, view)
+    }
+
+    /// Sends packets for `span` with timers that are up to two milliseconds late; returns wire bytes.
+    async fn send_for(place: &Place, span: Duration) -> f64 {
+        let (began, before) = (Instant::now(), place.state().left);
+        while began.elapsed() < span {
+            match place.may_leave(Instant::now()) {
+                Ok(()) => place.pay(PACKET, 1, 28),
+                Err(until) => tokio::time::sleep_until(until + Duration::from_millis(1)).await,
+            }
+        }
+        (place.state().left - before) as f64 / began.elapsed().as_secs_f64()
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_leaves_keeps_to_the_rate_and_late_timers_cost_nothing() {
-        let view = Arc::new(PathView::default());
-        view.pacing_rate.store(10_000_000, Ordering::Relaxed);
-        let mut lane = lane(&view);
-        let (began, mut sent) = (Instant::now(), 0.0);
-        while began.elapsed() < Duration::from_secs(2) {
-            match lane.may_pass(Instant::now()) {
-                Ok(()) => {
-                    lane.credit -= 14_000.0;
-                    sent += 14_000.0;
-                }
-                // A timer that is up to two milliseconds late.
-                Err(until) => tokio::time::sleep_until(until + Duration::from_millis(1)).await,
-            }
-        }
-        let rate = sent / began.elapsed().as_secs_f64();
+        let (place, _) = paced(10_000_000);
+        let rate = send_for(&place, Duration::from_secs(2)).await * 1400.0 / 1428.0;
         assert!((9_900_000.0..10_100_000.0).contains(&rate), "{rate}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn silence_is_not_saved_up() {
-        let view = Arc::new(PathView::default());
-        view.pacing_rate.store(1_000_000, Ordering::Relaxed);
-        let mut lane = lane(&view);
+        let (place, _) = paced(1_000_000);
         tokio::time::advance(Duration::from_secs(60)).await;
         let mut sent = 0.0;
-        while lane.may_pass(Instant::now()).is_ok() {
-            lane.credit -= 1000.0;
+        while place.may_leave(Instant::now()).is_ok() {
+            place.pay(1000, 1, 28);
             sent += 1000.0;
         }
         assert!(sent <= 1_000_000.0 * CREDIT_TIME.as_secs_f64() + 2000.0, "{sent}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_is_not_known_or_gone_is_not_paced() {
-        let view = Arc::new(PathView::default());
-        let mut lane = lane(&view);
-        lane.credit = -1e9;
-        assert!(lane.may_pass(Instant::now()).is_ok(), "it has no rate yet");
+    async fn who_is_not_known_is_not_paced() {
+        let place = Place::new();
+        place.pay(1_000_000_000, 1, 28);
+        assert!(place.may_leave(Instant::now()).is_ok(), "it has no controller of ours");
+        let (place, view) = paced(0);
+        place.pay(1_000_000_000, 1, 28);
+        assert!(place.may_leave(Instant::now()).is_ok(), "it has no rate yet");
         view.pacing_rate.store(1000, Ordering::Relaxed);
-        lane.credit = -1e9;
-        assert!(lane.may_pass(Instant::now()).is_err());
-        drop(view);
-        assert!(lane.may_pass(Instant::now()).is_ok(), "its connection is gone");
+        place.pay(1_000_000_000, 1, 28);
+        assert!(place.may_leave(Instant::now()).is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_lowest_cap_holds_to_the_byte_and_the_controller_learns_who_it_was() {
+        let limiter = RateLimiter::new();
+        let job = limiter.job();
+        limiter.set_agent("16M".parse().ok());
+        job.set_job("8M".parse().ok());
+        let (place, view) = paced(10_000_000);
+        place.state().rate = Some(job.clone());
+        let rate = send_for(&place, Duration::from_secs(2)).await;
+        assert!((990_000.0..1_005_000.0).contains(&rate), "{rate}");
+        assert!(view.is_capped.swap(false, Ordering::Relaxed));
+        job.set_job(None);
+        let rate = send_for(&place, Duration::from_secs(2)).await;
+        assert!((1_980_000.0..2_010_000.0).contains(&rate), "{rate}");
+        limiter.set_agent(None);
+        view.is_capped.store(false, Ordering::Relaxed);
+        assert!(send_for(&place, Duration::from_secs(2)).await > 9_000_000.0);
+        assert!(!view.is_capped.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_cap_over_two_connections_holds_in_sum() {
+        let limiter = RateLimiter::new();
+        limiter.set_agent("8M".parse().ok());
+        let places = [Place::new(), Place::new()];
+        places.iter().for_each(|place| place.state().rate = Some(limiter.job()));
+        let span = Duration::from_secs(2);
+        let (one, two) = tokio::join!(send_for(&places[0], span), send_for(&places[1], span));
+        assert!((980_000.0..1_010_000.0).contains(&(one + two)), "{one} + {two}");
+        assert!(one.min(two) > 300_000.0, "{one} and {two}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hand_over_does_not_wait_and_is_paid_for_later() {
+        let limiter = RateLimiter::new();
+        limiter.set_agent("8k".parse().ok());
+        let place = Place::new();
+        place.state().rate = Some(limiter.job());
+        place.pay(PACKET, 1, 28);
+        assert!(place.may_leave(Instant::now()).is_err());
+        place.state().hurried += 2000;
+        place.pay(PACKET, 1, 28);
+        assert!(place.may_leave(Instant::now()).is_ok());
+        place.pay(PACKET, 1, 28);
+        assert!(place.may_leave(Instant::now()).is_err(), "what was hurried has left");
+        tokio::time::advance(Duration::from_millis(2 * 1428)).await;
+        assert!(
+            place.may_leave(Instant::now()).is_err(),
+            "3 packets of 1428 bytes, 1000 bytes a second"
+        );
+        tokio::time::advance(Duration::from_millis(1500)).await;
+        assert!(place.may_leave(Instant::now()).is_ok());
+    }
+
+    #[test]
+    fn what_is_sent_again_or_was_not_thought_of_is_due_once() {
+        let mut account = Account::default();
+        account.paid += 10_000;
+        assert_eq!(account.due(0, 9_000), 0, "1000 bytes wait in QUIC");
+        assert_eq!(account.due(0, 10_500), 500, "acknowledgements");
+        assert_eq!(account.due(1_500, 10_500), 1_500, "lost, and soon sent again");
+        assert_eq!(account.due(1_500, 12_000), 0);
+        assert_eq!(account.due(1_500, 12_100), 100);
     }
 }

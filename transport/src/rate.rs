@@ -6,13 +6,20 @@
 //!              +-- job B (no cap) ...
 //! ```
 //!
-//! Invariant: over any span in which nothing was changed, what passed a bucket is at most
-//! rate x span + [`BURST`] + one slice per concurrent sender. The buckets are pure: the time comes
-//! in as an argument. Only [`JobRate::acquire`] at the end reads the clock and waits.
+//! A byte is paid for twice. At the entry to QUIC, where it still has a class: there the levels are
+//! divided by urgency, and what QUIC has not yet sent stays short. And at the socket
+//! ([`crate::pace`]), where all of it is seen, repetitions too: there the caps of agent and job are
+//! exact.
+//!
+//! Invariant: over any span in which nothing was changed, what passed a bucket is at most rate x
+//! span + its burst ([`BURST`] at the entry, [`CREDIT_TIME`] at the socket) + one slice or batch per
+//! concurrent sender. The buckets are pure: the time comes in as an argument. Only
+//! [`JobRate::acquire`] at the end reads the clock and waits.
 //!
 //! A bucket may go below zero and is then repaid before anything else passes. So a slice of any
 //! size passes at once when the level is positive, and large slices cannot starve behind small
-//! ones. More urgent classes go first wherever they wait for the same bucket.
+//! ones. More urgent classes go first wherever they wait for the same bucket, and between jobs that
+//! send equally urgent ones the one that has had less.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,11 +30,16 @@ use tokio::sync::Notify;
 use crate::bit_rate::BitRate;
 use crate::class::Class;
 
-/// What a bucket saves up while nothing is sent, in time at its rate. Short, so that a cap holds
-/// at the grain at which others on the link would feel it; long enough to bridge a late timer.
-pub const BURST: Duration = Duration::from_millis(20);
+/// What a bucket at the entry saves up while nothing is sent, in time at its rate. Short, so that
+/// little waits in QUIC; long enough to bridge a late timer.
+pub const BURST: Duration = Duration::from_millis(10);
+/// The same at the socket: tokio's tick in milliseconds, and a busy host.
+pub(crate) const CREDIT_TIME: Duration = Duration::from_millis(4);
 /// A slice is what the rate carries in this time, within the two limits below.
-const SLICE_TIME: Duration = Duration::from_millis(10);
+const SLICE_TIME: Duration = Duration::from_millis(5);
+/// What is owed at the entry for what has left already is forgiven beyond what the cap carries in
+/// this time: the socket has kept the cap already, and what is long past is no reason to wait.
+const OWED_MAX: Duration = Duration::from_millis(500);
 /// Below this, the work per slice outweighs the smoothness.
 const SLICE_MIN: u64 = 8 * 1024;
 /// The slice of an uncapped job: where there is nothing to smooth, fewer locks are better.
@@ -37,6 +49,7 @@ const SLICE_MAX: u64 = 512 * 1024;
 #[derive(Debug, Clone)]
 struct Bucket {
     rate: Option<BitRate>,
+    burst: Duration,
     /// Billionths of a bit, so that no rate and no tick loses a rounding.
     level: i128,
     filled: Instant,
@@ -46,8 +59,9 @@ struct Bucket {
 const UNITS_PER_BYTE: i128 = 8 * 1_000_000_000;
 
 impl Bucket {
-    fn new(rate: Option<BitRate>, now: Instant) -> Self {
-        Self { rate, level: 0, filled: now }
+    /// Without a rate.
+    fn new(burst: Duration, now: Instant) -> Self {
+        Self { rate: None, burst, level: 0, filled: now }
     }
 
     fn set_rate(&mut self, rate: Option<BitRate>, now: Instant) {
@@ -65,7 +79,7 @@ impl Bucket {
             let per_nano = i128::from(rate.bits_per_second());
             let nanos = |span: Duration| i128::try_from(span.as_nanos()).unwrap_or(i128::MAX);
             let gained = nanos(elapsed).saturating_mul(per_nano);
-            let ceiling = nanos(BURST).saturating_mul(per_nano);
+            let ceiling = nanos(self.burst).saturating_mul(per_nano);
             self.level = self.level.saturating_add(gained).min(ceiling);
         }
     }
@@ -89,12 +103,32 @@ impl Bucket {
     }
 }
 
+/// A cap that is kept at the entry to QUIC and at the socket.
+#[derive(Debug)]
+struct Cap {
+    entry: Bucket,
+    wire: Bucket,
+}
+
+impl Cap {
+    fn new(now: Instant) -> Self {
+        Self { entry: Bucket::new(BURST, now), wire: Bucket::new(CREDIT_TIME, now) }
+    }
+
+    fn set_rate(&mut self, rate: Option<BitRate>, now: Instant) {
+        self.entry.set_rate(rate, now);
+        self.wire.set_rate(rate, now);
+    }
+}
+
 #[derive(Debug)]
 struct Job {
-    bucket: Bucket,
+    cap: Cap,
     classes: [Bucket; Class::ALL.len()],
     /// Senders that wait, by class; they hold less urgent ones back.
     waiting: [usize; Class::ALL.len()],
+    /// Bytes that it has had, as far as its turn goes.
+    had: u64,
 }
 
 /// What a sender is told.
@@ -111,75 +145,112 @@ enum Verdict {
 /// The tree of buckets, without a clock.
 #[derive(Debug)]
 struct Tree {
-    agent: Bucket,
+    agent: Cap,
     jobs: BTreeMap<u64, Job>,
     next_job: u64,
+    /// Where the turn is: who had less than this was idle, and gets nothing for that.
+    turn: u64,
 }
 
 impl Tree {
     fn new(now: Instant) -> Self {
-        Self { agent: Bucket::new(None, now), jobs: BTreeMap::new(), next_job: 0 }
+        Self { agent: Cap::new(now), jobs: BTreeMap::new(), next_job: 0, turn: 0 }
     }
 
     fn add_job(&mut self, now: Instant) -> u64 {
         let id = self.next_job;
         self.next_job += 1;
-        let free = || Bucket::new(None, now);
-        let classes = std::array::from_fn(|_| free());
-        self.jobs.insert(id, Job { bucket: free(), classes, waiting: [0; Class::ALL.len()] });
+        let classes = std::array::from_fn(|_| Bucket::new(BURST, now));
+        let job = Job { cap: Cap::new(now), classes, waiting: [0; Class::ALL.len()], had: 0 };
+        self.jobs.insert(id, job);
         id
     }
 
     fn request(&mut self, now: Instant, id: u64, class: Class, bytes: u64) -> Verdict {
-        self.agent.fill(now);
+        self.agent.entry.fill(now);
         for job in self.jobs.values_mut() {
-            job.bucket.fill(now);
+            job.cap.entry.fill(now);
             job.classes.iter_mut().for_each(|bucket| bucket.fill(now));
         }
         let Some(job) = self.jobs.get(&id) else { return Verdict::Pass };
-        let own = job.bucket.wait().max(job.classes[class.index()].wait());
-        let wait = own.max(self.agent.wait());
+        let own = job.cap.entry.wait().max(job.classes[class.index()].wait());
+        let wait = own.max(self.agent.entry.wait());
         // The hand-over decides how long the guest stands still and is some kilobytes: it is
         // charged and never waits.
         if class != Class::HandOver {
             if wait > Duration::ZERO {
                 return Verdict::Wait(wait);
             }
-            if self.someone_more_urgent_could_pass(id, class) {
+            if self.someone_comes_first(id, class) {
                 return Verdict::Yield;
             }
         }
-        self.agent.take(bytes);
+        self.agent.entry.take(bytes);
         if let Some(job) = self.jobs.get_mut(&id) {
-            job.bucket.take(bytes);
+            job.cap.entry.take(bytes);
             job.classes[class.index()].take(bytes);
+            self.turn = self.turn.max(job.had);
+            job.had = self.turn.saturating_add(bytes);
         }
         Verdict::Pass
     }
 
-    /// True if a waiting sender of a more urgent class competes for a capped bucket above `class`
-    /// and is not held up by a cap of its own.
-    fn someone_more_urgent_could_pass(&self, id: u64, class: Class) -> bool {
-        self.jobs.iter().any(|(&other, job)| {
-            let shared = self.agent.rate.is_some() || (other == id && job.bucket.rate.is_some());
+    /// Charges the entry for what has left, or will, without having passed there.
+    fn owe(&mut self, now: Instant, id: u64, bytes: u64) {
+        let job = self.jobs.get_mut(&id).map(|job| &mut job.cap);
+        for cap in [Some(&mut self.agent), job].into_iter().flatten() {
+            cap.entry.fill(now);
+            let most = cap.entry.rate.map_or(0, |rate| rate.bytes_in(OWED_MAX));
+            cap.entry.take(bytes.min(most));
+        }
+    }
+
+    /// How long what is of job `id` must not leave the socket yet.
+    fn wait_to_leave(&mut self, now: Instant, id: u64) -> Duration {
+        let job = self.jobs.get_mut(&id).map(|job| &mut job.cap);
+        let caps = [Some(&mut self.agent), job].into_iter().flatten();
+        caps.fold(Duration::ZERO, |wait, cap| {
+            cap.wire.fill(now);
+            wait.max(cap.wire.wait())
+        })
+    }
+
+    /// Bytes of job `id` have left.
+    fn left(&mut self, id: u64, bytes: u64) {
+        self.agent.wire.take(bytes);
+        if let Some(job) = self.jobs.get_mut(&id) {
+            job.cap.wire.take(bytes);
+        }
+    }
+
+    /// True if a waiting sender competes for a capped bucket above `class`, is not held up by a cap of
+    /// its own, and is more urgent or of a job whose turn it is.
+    fn someone_comes_first(&self, id: u64, class: Class) -> bool {
+        let had = |id: &u64| self.jobs.get(id).map_or(0, |job| job.had.max(self.turn));
+        let own = had(&id);
+        self.jobs.iter().any(|(other, job)| {
+            let is_capped = |cap: &Cap| cap.entry.rate.is_some();
+            let shared = is_capped(&self.agent) || (*other == id && is_capped(&job.cap));
+            let its_turn = had(other) < own;
             shared
-                && job.bucket.wait() == Duration::ZERO
+                && job.cap.entry.wait() == Duration::ZERO
                 && Class::ALL.iter().any(|&rival| {
-                    rival > class
+                    (rival > class || (rival == class && its_turn))
                         && job.waiting[rival.index()] > 0
                         && job.classes[rival.index()].wait() == Duration::ZERO
                 })
         })
     }
 
+    /// The lower one of the caps of the agent and of job `id`.
+    fn lowest(&self, id: u64) -> Option<BitRate> {
+        let job = self.jobs.get(&id).and_then(|job| job.cap.entry.rate);
+        [self.agent.entry.rate, job].into_iter().flatten().min()
+    }
+
     fn slice(&self, id: u64, class: Class) -> u64 {
-        let job = self.jobs.get(&id);
-        let rates = [
-            self.agent.rate,
-            job.and_then(|job| job.bucket.rate),
-            job.and_then(|job| job.classes[class.index()].rate),
-        ];
-        let lowest = rates.into_iter().flatten().min();
+        let class = self.jobs.get(&id).and_then(|job| job.classes[class.index()].rate);
+        let lowest = [self.lowest(id), class].into_iter().flatten().min();
         lowest.map_or(SLICE_MAX, |rate| rate.bytes_in(SLICE_TIME).clamp(SLICE_MIN, SLICE_MAX))
     }
 }
@@ -216,7 +287,8 @@ impl RateLimiter {
         Self(Arc::new(Shared { tree: Mutex::new(Tree::new(now())), changed: Notify::new() }))
     }
 
-    /// Caps everything this agent sends; `None` lifts the cap. Holds from the next slice on.
+    /// Caps all that the jobs of this agent send together; `None` lifts the cap. Holds from the next
+    /// slice and packet on.
     pub fn set_agent(&self, rate: Option<BitRate>) {
         self.0.tree().agent.set_rate(rate, now());
         self.0.changed.notify_waiters();
@@ -247,9 +319,9 @@ impl Drop for JobHandle {
 pub struct JobRate(Arc<JobHandle>);
 
 impl JobRate {
-    /// Caps this job; `None` lifts the cap.
+    /// Caps this job; `None` lifts the cap. Holds from the next slice and packet on.
     pub fn set_job(&self, rate: Option<BitRate>) {
-        self.change(|job, now| job.bucket.set_rate(rate, now));
+        self.change(|job, now| job.cap.set_rate(rate, now));
     }
 
     /// Caps one class of this job; `None` lifts the cap. A cap on [`Class::HandOver`] is counted
@@ -285,6 +357,28 @@ impl JobRate {
                 }
             }
         }
+    }
+
+    /// Charges the entry for wire bytes that did not pass there; whoever passes next waits for them.
+    pub(crate) fn owe(&self, bytes: u64) {
+        if bytes > 0 {
+            self.0.shared.tree().owe(now(), self.0.id, bytes);
+        }
+    }
+
+    /// How long nothing of this job must leave the socket.
+    pub(crate) fn wait_to_leave(&self, now: Instant) -> Duration {
+        self.0.shared.tree().wait_to_leave(now, self.0.id)
+    }
+
+    /// Wire bytes of this job have left the socket.
+    pub(crate) fn left(&self, bytes: u64) {
+        self.0.shared.tree().left(self.0.id, bytes);
+    }
+
+    /// The lower one of the caps of this job and its agent.
+    pub(crate) fn lowest(&self) -> Option<BitRate> {
+        self.0.shared.tree().lowest(self.0.id)
     }
 
     fn change(&self, change: impl FnOnce(&mut Job, Instant)) {

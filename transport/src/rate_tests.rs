@@ -30,7 +30,7 @@ fn every_level_holds() {
         let (mut tree, id, now) = tree_with_job();
         match level {
             0 => tree.agent.set_rate(rate("8M"), now),
-            1 => tree.jobs.get_mut(&id).unwrap().bucket.set_rate(rate("8M"), now),
+            1 => tree.jobs.get_mut(&id).unwrap().cap.set_rate(rate("8M"), now),
             _ => tree.jobs.get_mut(&id).unwrap().classes[Class::Pages.index()]
                 .set_rate(rate("8M"), now),
         }
@@ -65,6 +65,63 @@ fn the_more_urgent_goes_first_unless_its_own_cap_binds() {
     pages.take(1_000_000);
     let later = now + Duration::from_secs(1);
     assert_eq!(tree.request(later, job, Class::Seed, 1), Verdict::Pass);
+}
+
+#[test]
+fn jobs_take_turns_and_idleness_is_not_saved_up() {
+    let (mut tree, first, now) = tree_with_job();
+    tree.agent.set_rate(rate("8M"), now);
+    for nth in 0..100 {
+        tree.request(now + Duration::from_secs(nth), first, Class::Pages, 100_000);
+    }
+    let second = tree.add_job(now);
+    for id in [first, second] {
+        tree.jobs.get_mut(&id).unwrap().waiting[Class::Pages.index()] = 1;
+    }
+    let mut now = now + Duration::from_secs(100);
+    let mut passed = BTreeMap::new();
+    for _ in 0..10 {
+        // The first always asks first.
+        for id in [first, second] {
+            if tree.request(now, id, Class::Pages, 100_000) == Verdict::Pass {
+                *passed.entry(id).or_insert(0) += 1;
+            }
+        }
+        now += Duration::from_millis(100);
+    }
+    assert_eq!((passed[&first], passed[&second]), (5, 5));
+}
+
+#[test]
+fn what_is_owed_is_repaid_but_not_for_ever() {
+    let (mut tree, job, now) = tree_with_job();
+    tree.owe(now, job, 1 << 40);
+    assert_eq!(tree.request(now, job, Class::Seed, 1), Verdict::Pass, "nothing is capped");
+    tree.agent.set_rate(rate("8M"), now);
+    tree.owe(now, job, 1_000);
+    assert_eq!(tree.request(now, job, Class::Seed, 1), Verdict::Wait(Duration::from_millis(1)));
+    tree.owe(now, job, 1 << 40);
+    let Verdict::Wait(wait) = tree.request(now, job, Class::Seed, 1) else { panic!("it passed") };
+    assert_eq!(wait, OWED_MAX + Duration::from_millis(1));
+}
+
+#[test]
+fn the_socket_keeps_the_caps_of_agent_and_job() {
+    let (mut tree, id, now) = tree_with_job();
+    tree.left(id, 1 << 40);
+    assert_eq!(tree.wait_to_leave(now, id), Duration::ZERO, "nothing is capped");
+    tree.agent.set_rate(rate("8M"), now);
+    tree.jobs.get_mut(&id).unwrap().cap.set_rate(rate("4M"), now);
+    tree.left(id, 1_000);
+    assert_eq!(tree.wait_to_leave(now, id), Duration::from_millis(2));
+    let other = tree.add_job(now);
+    assert_eq!(
+        tree.wait_to_leave(now, other),
+        Duration::from_millis(1),
+        "the agent's cap is shared"
+    );
+    assert_eq!(tree.lowest(id), rate("4M"));
+    assert_eq!(tree.lowest(other), rate("8M"));
 }
 
 proptest! {

@@ -132,7 +132,8 @@ impl Session {
         Some((ControlSender::new(self.0.clone()), receiver))
     }
 
-    /// Sends batches under the caps of `job` from the next one on. Without this there is no cap.
+    /// Sends under the caps of `job`: what leaves from now on, batches from the next one on. Without
+    /// this there is no cap.
     pub fn set_rate(&self, job: JobRate) {
         self.0.link.set_rate(job);
     }

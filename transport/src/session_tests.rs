@@ -47,7 +47,7 @@ async fn raw() -> Raw {
     let ends = [open(), open()];
     let dialing = async {
         let dial = ends[0].dial(ends[1].local_addr(), identity.fingerprint());
-        let connection = dial.first().await.unwrap();
+        let (connection, _place) = dial.first().await.unwrap();
         let (send, recv, _) = greeting::connect(&connection, &dial.hello(None)).await.unwrap();
         (connection, send, recv)
     };
@@ -155,7 +155,7 @@ async fn counts_that_cannot_be_are_refused() {
 async fn a_session_that_nobody_knows_is_not_taken_on() {
     let raw = raw().await;
     let dial = raw._ends[0].dial(raw._ends[1].local_addr(), raw.to.peer());
-    let connection = dial.first().await.unwrap();
+    let (connection, _place) = dial.first().await.unwrap();
     let greeted = greeting::connect(&connection, &dial.hello(Some(Seen::default()))).await;
     assert!(greeted.is_err());
     let reason = CloseReason::from_quic(&connection.closed().await, None);

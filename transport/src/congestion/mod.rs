@@ -11,7 +11,7 @@ mod round_trip;
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
@@ -30,6 +30,9 @@ pub(crate) struct PathView {
     pub(crate) pacing_rate: AtomicU64,
     /// What the path is thought to deliver, in bytes a second.
     pub(crate) bandwidth: AtomicU64,
+    /// A cap has held something back since this was last looked at: what then arrives says nothing
+    /// about the path.
+    pub(crate) is_capped: AtomicBool,
 }
 
 impl PathView {
@@ -104,6 +107,7 @@ impl Controller for PathController {
     ) {
         let Acked { bytes, newest_sent } = std::mem::take(&mut self.acked);
         let rtt = newest_sent.map(|sent| now.saturating_duration_since(sent));
+        let app_limited = app_limited || self.view.is_capped.swap(false, Ordering::Relaxed);
         self.model.on_acks(
             now,
             bytes,

@@ -39,6 +39,7 @@ struct Direction {
     under_way: VecDeque<(Instant, Vec<u8>)>,
     reader: Option<Waker>,
     tally: Tally,
+    departures: Vec<(Instant, u64)>,
 }
 
 impl Direction {
@@ -49,6 +50,7 @@ impl Direction {
             under_way: VecDeque::new(),
             reader: None,
             tally: Tally::default(),
+            departures: Vec::new(),
         }))
     }
 
@@ -56,6 +58,7 @@ impl Direction {
         let bytes = packet.len() as u32 + HEADER;
         self.tally.offered += 1;
         self.tally.offered_bytes += u64::from(bytes);
+        self.departures.push((Instant::now(), u64::from(bytes)));
         match self.link.offer(self.began.elapsed(), bytes) {
             Verdict::Deliver(at) => {
                 self.under_way.push_back((self.began + at, packet.to_vec()));
@@ -121,6 +124,11 @@ impl End {
     /// Time since the link began.
     pub(crate) fn age(&self) -> Duration {
         lock(&self.out).began.elapsed()
+    }
+
+    /// When this end sent how many bytes, headers included.
+    pub(crate) fn departures(&self) -> Vec<(Instant, u64)> {
+        lock(&self.out).departures.clone()
     }
 
     /// What became of the packets that this end sent.

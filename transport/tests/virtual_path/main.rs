@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in what its cases share")]
 
+mod caps;
 mod cuts;
 mod grid;
 mod link;

@@ -2,12 +2,13 @@
 //!
 //! Invariant: a figure is of the whole transfer, its start included.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use longhaul_bench::profile::Profile;
-use longhaul_transport::{Class, Endpoint, Identity, Session, TrustedPeers, Tuning};
+use longhaul_transport::{Class, Endpoint, Fingerprint, Identity, Session, TrustedPeers, Tuning};
 use tokio::time::Instant;
 
 use super::link::{self, End};
@@ -22,6 +23,7 @@ pub(crate) struct Pair {
     pub(crate) near: Arc<End>,
     /// The dialer's, and the listener's.
     pub(crate) endpoints: [Endpoint; 2],
+    far: (SocketAddr, Fingerprint),
     pub(crate) from: Session,
     pub(crate) to: Session,
 }
@@ -50,9 +52,21 @@ pub(crate) async fn connect(profile: &Profile, seed: u64, tuning: Tuning) -> Pai
         Endpoint::on_socket(end.clone(), id, trust.clone(), tuning.clone()).unwrap()
     };
     let endpoints = [open(&near, &near_id), open(&far, &far_id)];
-    let (from, to) =
-        tokio::join!(endpoints[0].connect(far.addr(), far_id.fingerprint()), endpoints[1].accept());
-    Pair { near, endpoints, from: from.unwrap(), to: to.unwrap() }
+    let far = (far.addr(), far_id.fingerprint());
+    let (from, to) = session(&endpoints, far).await;
+    Pair { near, endpoints, far, from, to }
+}
+
+async fn session([near, far]: &[Endpoint; 2], to: (SocketAddr, Fingerprint)) -> (Session, Session) {
+    let (from, to) = tokio::join!(near.connect(to.0, to.1), far.accept());
+    (from.unwrap(), to.unwrap())
+}
+
+impl Pair {
+    /// One more session between the two.
+    pub(crate) async fn another(&self) -> (Session, Session) {
+        session(&self.endpoints, self.far).await
+    }
 }
 
 /// What a transfer achieved.
