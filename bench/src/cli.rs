@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use longhaul_bench::netns::{self, Side};
 use longhaul_bench::profile::{Overrides, Profile};
 use longhaul_bench::run::{self, Plan};
+use longhaul_bench::transfer::{self, ends};
 use longhaul_bench::wan::{self, Request, Spec, lab_binary};
 use longhaul_bench::{row, speed};
 
@@ -38,6 +39,9 @@ enum Area {
         #[command(flatten)]
         plan: Box<Plan>,
     },
+    /// What the transport and its rivals make of a WAN, without a guest.
+    #[command(subcommand)]
+    Link(LinkCommand),
     /// Prints medians and ratios of result rows.
     Compare {
         /// Result files.
@@ -47,6 +51,42 @@ enum Area {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum LinkCommand {
+    /// Measures one tool after another, each alone on a WAN of its own, run after run.
+    Run {
+        /// metro, continental, intercontinental, direct, or a TOML file.
+        #[arg(long)]
+        profile: String,
+        #[command(flatten)]
+        overrides: Overrides,
+        #[command(flatten)]
+        plan: transfer::link::Plan,
+    },
+    /// Lets several flows share one WAN.
+    Share {
+        /// metro, continental, intercontinental, direct, or a TOML file.
+        #[arg(long)]
+        profile: String,
+        #[command(flatten)]
+        overrides: Overrides,
+        #[command(flatten)]
+        plan: transfer::share::Plan,
+    },
+    /// Prints medians of rows, and longhaul's goodput over each rival's.
+    Compare {
+        /// Result files.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// JSON instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// One end of a flow: takes an order from standard input.
+    #[command(hide = true)]
+    End,
 }
 
 #[derive(Debug, Subcommand)]
@@ -126,8 +166,34 @@ pub(crate) fn run() -> Result<ExitCode> {
             run::run(&plan, &overrides.apply(Profile::find(&profile)?)?)?;
             Ok(ExitCode::SUCCESS)
         }
+        Area::Link(command) => link_command(command),
         Area::Compare { files, json } => compare(&files, json),
     }
+}
+
+fn link_command(command: LinkCommand) -> Result<ExitCode> {
+    match command {
+        LinkCommand::Run { profile, overrides, plan } => {
+            transfer::link::run(&plan, &overrides.apply(Profile::find(&profile)?)?)?;
+        }
+        LinkCommand::Share { profile, overrides, plan } => {
+            transfer::share::run(&plan, &overrides.apply(Profile::find(&profile)?)?)?;
+        }
+        LinkCommand::Compare { files, json } => {
+            let mut rows = Vec::new();
+            for file in files {
+                rows.extend(row::read(&file)?);
+            }
+            let summary = transfer::rows::summarise(&rows);
+            if json {
+                println!("{}", serde_json::to_string_pretty(&summary)?);
+            } else {
+                print!("{}", transfer::rows::table(&summary));
+            }
+        }
+        LinkCommand::End => ends::run()?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn compare(files: &[PathBuf], json: bool) -> Result<ExitCode> {

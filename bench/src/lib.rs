@@ -2,8 +2,8 @@
 //!
 //! Every number in the README comes from here and can be repeated. Reading order: [`profile`] (what
 //! a WAN is like), [`link`] (the model of one direction), [`relay`] (packets through two of them),
-//! [`netns`] and [`wan`] (where they run and how they are controlled), [`speed`] (what gets through);
-//! then [`guest`] and [`watch`] (who is moved and how it proves that it is well), [`host`] (the
+//! [`netns`] and [`wan`] (where they run and how they are controlled), [`speed`] (what gets through),
+//! [`transfer`] (what a transport makes of it, ours beside its rivals'); then [`guest`] and [`watch`] (who is moved and how it proves that it is well), [`host`] (the
 //! product) and [`rival`] (what it is compared to), [`run`] (one measurement, whole; on memory from `warm`), [`row`] (what
 //! is written down).
 
@@ -19,6 +19,7 @@ pub mod rival;
 pub mod row;
 pub mod run;
 pub mod speed;
+pub mod transfer;
 mod tun;
 pub mod wan;
 mod warm;

@@ -55,6 +55,8 @@ pub struct Link {
     in_burst: bool,
     is_cut: bool,
     queue_peak_bytes: u64,
+    /// How long the packet that was accepted last waits for those before it.
+    waited_ns: u64,
 }
 
 const NS_PER_S: u64 = 1_000_000_000;
@@ -73,6 +75,7 @@ impl Link {
             in_burst: false,
             is_cut: false,
             queue_peak_bytes: 0,
+            waited_ns: 0,
         }
     }
 
@@ -95,6 +98,7 @@ impl Link {
             return Verdict::Drop(Reason::Queue);
         }
         self.queue_peak_bytes = self.queue_peak_bytes.max(waiting);
+        self.waited_ns = self.free_at_ns.saturating_sub(reached_ns);
         self.transmit(reached_ns, len);
         if self.is_lost() {
             return Verdict::Drop(Reason::Loss);
@@ -127,6 +131,11 @@ impl Link {
     /// The most bytes that ever waited before the bottleneck.
     pub fn queue_peak_bytes(&self) -> u64 {
         self.queue_peak_bytes
+    }
+
+    /// How long the packet that was accepted last waits before the bottleneck.
+    pub fn last_wait(&self) -> Duration {
+        Duration::from_nanos(self.waited_ns)
     }
 
     /// Accounts for the bottleneck's time for one packet, exactly: fractions of a nanosecond add
@@ -229,6 +238,8 @@ mod tests {
         }
         assert_eq!(link.offer(Duration::ZERO, 1500), Verdict::Drop(Reason::Queue));
         assert_eq!(link.queue_peak_bytes(), 15_000);
+        // Nine packets before it, 120 us each.
+        assert_eq!(link.last_wait(), Duration::from_micros(9 * 120));
         // One packet leaves after 120 us, and one fits again.
         let later = Duration::from_micros(120);
         arrival(link.offer(later, 1500));

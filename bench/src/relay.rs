@@ -41,8 +41,11 @@ const LATE: Duration = Duration::from_millis(1);
 /// everything here.
 pub(crate) const NICE: i32 = -15;
 
-/// How often the kernel's own drop counter is read while packets move.
-const DEVICE_COUNT_PERIOD: Duration = Duration::from_millis(500);
+/// Grain and number of the classes in which waits before the bottleneck are counted: up to 2 s.
+const WAIT_GRAIN: Duration = Duration::from_micros(100);
+const WAIT_CLASSES: usize = 20_000;
+/// How often the kernel's own drop counter is read, and waits are summed up, while packets move.
+const SUM_PERIOD: Duration = Duration::from_millis(500);
 /// An addition to an eventfd's counter; any that is not zero wakes, in either byte order.
 const WAKE: [u8; 8] = [1, 0, 0, 0, 0, 0, 0, 0];
 
@@ -67,6 +70,15 @@ pub struct DirectionStats {
     pub dropped_overrun: u64,
     /// Bytes of all dropped packets.
     pub dropped_bytes: u64,
+    /// Bytes of those lost at random.
+    #[serde(default)]
+    pub lost_bytes: u64,
+    /// How long delivered packets waited before the bottleneck, in microseconds: half of them less.
+    #[serde(default)]
+    pub queue_us_median: u64,
+    /// The same, 95 of 100 less.
+    #[serde(default)]
+    pub queue_us_p95: u64,
     /// Most bytes that ever waited before the bottleneck.
     pub queue_peak_bytes: u64,
     /// Packets that the host dropped before the relay saw them: should be 0.
@@ -142,7 +154,8 @@ impl Relay {
                 under_way_bytes: 0,
                 spare: Vec::new(),
                 mtu: usize::from(profile.mtu),
-                device_counted: Duration::ZERO,
+                waits: Waits::new(),
+                summed: Duration::ZERO,
                 stats: DirectionStats::default(),
             };
             let name = name.to_owned();
@@ -206,6 +219,31 @@ impl Drop for Relay {
     }
 }
 
+/// How many packets waited how long, in classes of [`WAIT_GRAIN`].
+struct Waits(Box<[u64]>);
+
+impl Waits {
+    fn new() -> Self {
+        Self(vec![0; WAIT_CLASSES].into())
+    }
+
+    fn count(&mut self, wait: Duration) {
+        let class = (wait.as_nanos() / WAIT_GRAIN.as_nanos()) as usize;
+        self.0[class.min(WAIT_CLASSES - 1)] += 1;
+    }
+
+    /// What `percent` of all packets waited at most, in microseconds; 0 of none.
+    fn us_at(&self, percent: u64) -> u64 {
+        let rank = (self.0.iter().sum::<u64>() * percent).div_ceil(100);
+        let mut seen = 0;
+        let class = self.0.iter().position(|count| {
+            seen += count;
+            seen >= rank
+        });
+        class.unwrap_or(0) as u64 * WAIT_GRAIN.as_micros() as u64
+    }
+}
+
 struct Packet {
     due: Duration,
     buffer: Box<[u8]>,
@@ -226,7 +264,8 @@ struct Direction {
     under_way_bytes: usize,
     spare: Vec<Box<[u8]>>,
     mtu: usize,
-    device_counted: Duration,
+    waits: Waits,
+    summed: Duration,
     stats: DirectionStats,
 }
 
@@ -289,12 +328,16 @@ impl Direction {
             let counter = match verdict {
                 Verdict::Deliver(due) if self.under_way_bytes + len <= UNDER_WAY_BYTES_MAX => {
                     self.under_way_bytes += len;
+                    self.waits.count(self.link.last_wait());
                     self.under_way.push_back(Packet { due, buffer, len });
                     continue;
                 }
                 Verdict::Deliver(_) => &mut self.stats.dropped_overrun,
                 Verdict::Drop(Reason::Queue) => &mut self.stats.dropped_queue,
-                Verdict::Drop(Reason::Loss) => &mut self.stats.dropped_loss,
+                Verdict::Drop(Reason::Loss) => {
+                    self.stats.lost_bytes += len as u64;
+                    &mut self.stats.dropped_loss
+                }
                 Verdict::Drop(Reason::Cut) => &mut self.stats.dropped_cut,
             };
             *counter += 1;
@@ -343,9 +386,11 @@ impl Direction {
 
     fn publish(&mut self) {
         self.stats.queue_peak_bytes = self.link.queue_peak_bytes();
-        if self.looked >= self.device_counted + DEVICE_COUNT_PERIOD {
-            self.device_counted = self.looked;
+        if self.looked >= self.summed + SUM_PERIOD {
+            self.summed = self.looked;
             self.stats.device_dropped = device_dropped().unwrap_or(self.stats.device_dropped);
+            self.stats.queue_us_median = self.waits.us_at(50);
+            self.stats.queue_us_p95 = self.waits.us_at(95);
         }
         let mut shared =
             self.shared.directions[self.index].lock().unwrap_or_else(PoisonError::into_inner);
@@ -380,4 +425,21 @@ fn device_dropped() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/thread-self/net/dev").ok()?;
     let line = text.lines().find_map(|line| line.trim().strip_prefix(netns::DEVICE))?;
     line.strip_prefix(':')?.split_whitespace().nth(8 + 3)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_have_their_median_and_tail() {
+        let mut waits = Waits::new();
+        assert_eq!(waits.us_at(50), 0);
+        for ms in 1..=100 {
+            waits.count(Duration::from_millis(ms));
+        }
+        assert_eq!((waits.us_at(50), waits.us_at(95)), (50_000, 95_000));
+        waits.count(Duration::from_secs(60));
+        assert_eq!(waits.us_at(100), 1_999_900);
+    }
 }

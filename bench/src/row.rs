@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -169,7 +170,7 @@ fn meminfo_bytes(key: &str) -> Result<u64> {
 /// # Errors
 ///
 /// When it cannot be written.
-pub fn append(path: &Path, row: &Row) -> Result<()> {
+pub fn append(path: &Path, row: &impl Serialize) -> Result<()> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }
@@ -188,7 +189,7 @@ pub fn append(path: &Path, row: &Row) -> Result<()> {
 /// # Errors
 ///
 /// Names the line that is no row.
-pub fn read(path: &Path) -> Result<Vec<Row>> {
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let file = File::open(path).with_context(|| format!("while opening {}", path.display()))?;
     let mut rows = Vec::new();
     for (number, line) in (1..).zip(BufReader::new(file).lines()) {
@@ -305,7 +306,7 @@ pub fn table(summaries: &[Summary]) -> String {
 }
 
 /// The median; 0 of nothing.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+pub(crate) fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     match values.len() {
@@ -366,9 +367,9 @@ mod tests {
         for row in &rows {
             append(&path, row).unwrap();
         }
-        assert_eq!(read(&path).unwrap(), rows);
+        assert_eq!(read::<Row>(&path).unwrap(), rows);
         std::fs::write(&path, "{}\n").unwrap();
-        assert!(format!("{:#}", read(&path).unwrap_err()).contains("one.jsonl:1"));
+        assert!(format!("{:#}", read::<Row>(&path).unwrap_err()).contains("one.jsonl:1"));
     }
 
     #[test]

@@ -1,0 +1,534 @@
+//! Rows of transfers, and what is printed of them.
+//!
+//! Invariant: a row names its sources, its link, its seed and its host, and no path of a machine.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::{Bound, Engine, Tool, rsync};
+use crate::guest;
+use crate::profile::Profile;
+use crate::relay::Stats;
+use crate::row::{Host, Revision, median};
+
+/// One measurement, as a line of a result file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "measurement", rename_all = "snake_case")]
+pub enum Row {
+    /// One flow alone.
+    Link(Box<LinkRow>),
+    /// Several flows at once.
+    Share(Box<ShareRow>),
+}
+
+/// Where a row comes from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    /// When it ended, UTC.
+    pub time: String,
+    /// The command line that made it; of paths only the last part.
+    pub command: String,
+    /// What the sources were.
+    pub revision: Revision,
+    /// Where it ran.
+    pub host: Host,
+    /// The WAN.
+    pub profile: Profile,
+    /// Decides the WAN's losses.
+    pub seed: u64,
+    /// Number of the run, from 1.
+    pub run: u32,
+}
+
+/// What one flow made of a link of its own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LinkRow {
+    /// Where it comes from.
+    #[serde(flatten)]
+    pub origin: Origin,
+    /// The tool's name.
+    pub tool: String,
+    /// Its version in its own words; of the kernel's TCP the host's kernel says it.
+    pub tool_version: String,
+    /// What was asked for.
+    pub bound: Bound,
+    /// Why nothing can be said of it; empty if something can.
+    #[serde(default)]
+    pub failed: String,
+    /// The figures.
+    #[serde(flatten)]
+    pub figures: Figures,
+    /// The relay's counters over the whole of it.
+    pub wire: Stats,
+}
+
+/// What was worked out of one flow.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// From the first byte offered (the connection was made before, except by rsync) to the last one
+    /// received; the time that was given, where a time was.
+    pub seconds: f64,
+    /// Payload that arrived in these seconds.
+    pub payload_bytes: u64,
+    /// Payload that arrived in all: what was offered in time is brought to its end.
+    pub total_bytes: u64,
+    /// Payload a second.
+    pub mbit_per_s: f64,
+    /// Over what the link carries of it, its headers taken off: 1 is all of the link.
+    pub goodput: f64,
+    /// Bytes that need not have been sent over those that had to be, both directions.
+    pub waste: f64,
+    /// Until what arrived over a round trip was 90 % of the link; absent if that never was.
+    pub start_round_trips: Option<f64>,
+    /// How long packets waited before the bottleneck, in milliseconds.
+    pub queue_ms_median: f64,
+    /// The same: 95 of 100 waited less.
+    pub queue_ms_p95: f64,
+    /// Packets whose content was sent again, as the sender counts them, where it does.
+    pub repeated_packets: Option<u64>,
+    /// CPU.
+    pub cpu_s_per_gib: Cpu,
+    /// IP Mbit/s at the receiver, each half second from the first byte offered on.
+    pub rates_mbit: Vec<f64>,
+}
+
+/// CPU seconds for each GiB of payload.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Cpu {
+    /// The sender's process.
+    pub sender: f64,
+    /// The receiver's process.
+    pub receiver: f64,
+    /// The relay's process. Part of what the kernel's TCP does at both ends is done in its name.
+    pub relay: f64,
+}
+
+/// What several flows made of one link.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ShareRow {
+    /// Where it comes from.
+    #[serde(flatten)]
+    pub origin: Origin,
+    /// The figures.
+    #[serde(flatten)]
+    pub figures: ShareFigures,
+    /// The relay's counters over the whole of it.
+    pub wire: Stats,
+}
+
+/// What was worked out of several flows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ShareFigures {
+    /// The flows in the order in which they began.
+    pub flows: Vec<ShareFlow>,
+    /// When all of them ran and were warm: seconds since the first one began, from and to.
+    pub window_s: [f64; 2],
+    /// IP bytes of all flows in that time over what the link carries.
+    pub used: f64,
+    /// Jain's index of the shares: 1 is fair, 1/n is one flow with everything.
+    pub jain: f64,
+    /// Seconds from the end of the flows that ended early until the others took 95 % of the link over
+    /// half a second, that half second included; absent if none ended early, or if that never was.
+    pub recovery_s: Option<f64>,
+    /// How long packets waited before the bottleneck, in milliseconds.
+    pub queue_ms_median: f64,
+    /// The same: 95 of 100 waited less.
+    pub queue_ms_p95: f64,
+}
+
+/// One of the flows that share a link.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ShareFlow {
+    /// The tool's name.
+    pub tool: String,
+    /// Its version in its own words.
+    pub tool_version: String,
+    /// When it began and when it ended, in seconds since the first one began.
+    pub ran_s: [f64; 2],
+    /// Its part of the IP bytes that all flows got in the window.
+    pub share: f64,
+    /// IP Mbit/s in the window.
+    pub mbit_per_s: f64,
+    /// IP Mbit/s at its receiver, each half second since the first flow began.
+    pub rates_mbit: Vec<f64>,
+}
+
+/// The command line of this process: of every path only the last part.
+pub(super) fn command() -> String {
+    shown(std::env::args().skip(1))
+}
+
+fn shown(arguments: impl Iterator<Item = String>) -> String {
+    let shown = arguments.map(|argument| {
+        let (key, value) =
+            argument.split_once('=').map_or((None, &*argument), |(key, value)| (Some(key), value));
+        let last = Path::new(value).file_name().and_then(std::ffi::OsStr::to_str);
+        let value = last.filter(|_| Path::new(value).is_absolute()).unwrap_or(value);
+        key.map_or_else(|| value.to_owned(), |key| format!("{key}={value}"))
+    });
+    std::iter::once("lab".to_owned()).chain(shown).collect::<Vec<_>>().join(" ")
+}
+
+/// What a tool says of its version.
+pub(super) fn version(tool: Tool) -> Result<String> {
+    match tool.engine() {
+        Engine::Longhaul => Ok(env!("CARGO_PKG_VERSION").to_owned()),
+        Engine::Quinn(_) => locked("quinn"),
+        Engine::Tcp { .. } => Ok(String::new()),
+        Engine::Rsync => rsync::version(),
+    }
+}
+
+/// The version of a crate of which the sources' lock file has one.
+fn locked(name: &str) -> Result<String> {
+    let path = guest::bench_folder().join("../Cargo.lock");
+    let text = std::fs::read_to_string(path).context("while reading Cargo.lock")?;
+    let lock: toml::Table = toml::from_str(&text).context("while reading Cargo.lock")?;
+    let packages = lock.get("package").and_then(toml::Value::as_array);
+    let package = packages
+        .into_iter()
+        .flatten()
+        .find(|package| package.get("name").and_then(toml::Value::as_str) == Some(name));
+    let version = package.and_then(|package| package.get("version")?.as_str());
+    version.map(str::to_owned).with_context(|| format!("Cargo.lock has no {name}"))
+}
+
+/// What is printed of the rows of one profile and tool: medians.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LinkSummary {
+    /// The WAN's name.
+    pub profile: String,
+    /// The tool's name.
+    pub tool: String,
+    /// How many rows.
+    pub runs: usize,
+    /// How many of them failed; the medians are of the others.
+    pub failed: usize,
+    /// [`Figures::goodput`].
+    pub goodput: f64,
+    /// The worst of it.
+    pub goodput_min: f64,
+    /// [`Figures::mbit_per_s`].
+    pub mbit_per_s: f64,
+    /// Longhaul's median goodput of the same profile over this one, where there is one.
+    pub longhaul_times: Option<f64>,
+    /// [`Figures::waste`].
+    pub waste: f64,
+    /// [`Figures::start_round_trips`] of the runs that started.
+    pub start_round_trips: f64,
+    /// How many runs started.
+    pub started: usize,
+    /// [`Figures::queue_ms_median`].
+    pub queue_ms_median: f64,
+    /// [`Figures::queue_ms_p95`].
+    pub queue_ms_p95: f64,
+    /// [`Figures::cpu_s_per_gib`].
+    pub cpu_s_per_gib: Cpu,
+}
+
+/// What is printed of the rows of one profile and set of flows: medians.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ShareSummary {
+    /// The WAN's name.
+    pub profile: String,
+    /// The flows' tools.
+    pub flows: Vec<String>,
+    /// How many rows.
+    pub runs: usize,
+    /// Share of each flow.
+    pub shares: Vec<f64>,
+    /// [`ShareFigures::jain`].
+    pub jain: f64,
+    /// [`ShareFigures::used`].
+    pub used: f64,
+    /// [`ShareFigures::recovery_s`] of the runs that have it.
+    pub recovery_s: Option<f64>,
+    /// [`ShareFigures::queue_ms_median`].
+    pub queue_ms_median: f64,
+}
+
+/// Medians of rows.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Summary {
+    /// Of one flow at a time, by profile and tool.
+    pub link: Vec<LinkSummary>,
+    /// Of several flows at once, by profile and flows.
+    pub share: Vec<ShareSummary>,
+}
+
+/// Summarises rows, in the order in which profiles and tools first come.
+pub fn summarise(rows: &[Row]) -> Summary {
+    let (mut link, mut share) = (Groups::new(), Groups::new());
+    for row in rows {
+        match row {
+            Row::Link(row) => {
+                link.add((row.origin.profile.name.clone(), vec![row.tool.clone()]), &**row);
+            }
+            Row::Share(row) => {
+                let tools = row.figures.flows.iter().map(|flow| flow.tool.clone()).collect();
+                share.add((row.origin.profile.name.clone(), tools), &**row);
+            }
+        }
+    }
+    let mut link: Vec<_> = link.in_order().map(|(key, rows)| of_link(key, &rows)).collect();
+    let ours: BTreeMap<_, _> = link
+        .iter()
+        .filter(|summary| summary.tool == Tool::Longhaul.name())
+        .map(|summary| (summary.profile.clone(), summary.goodput))
+        .collect();
+    for summary in &mut link {
+        let base = ours.get(&summary.profile).filter(|_| summary.goodput > 0.0);
+        summary.longhaul_times = base.map(|ours| ours / summary.goodput);
+    }
+    let share = share.in_order().map(|(key, rows)| of_share(key, &rows)).collect();
+    Summary { link, share }
+}
+
+type Key = (String, Vec<String>);
+
+/// Rows by key, keys in the order in which they came.
+struct Groups<'a, T>(Vec<(Key, Vec<&'a T>)>);
+
+impl<'a, T> Groups<'a, T> {
+    fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    fn add(&mut self, key: Key, row: &'a T) {
+        match self.0.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, rows)) => rows.push(row),
+            None => self.0.push((key, vec![row])),
+        }
+    }
+
+    fn in_order(self) -> impl Iterator<Item = (Key, Vec<&'a T>)> {
+        self.0.into_iter()
+    }
+}
+
+fn of_link((profile, tools): Key, rows: &[&LinkRow]) -> LinkSummary {
+    let well: Vec<&Figures> =
+        rows.iter().filter(|row| row.failed.is_empty()).map(|row| &row.figures).collect();
+    let of = |value: fn(&Figures) -> f64| median(well.iter().map(|figures| value(figures)));
+    let worst = well.iter().map(|figures| figures.goodput).min_by(f64::total_cmp);
+    let starts: Vec<f64> = well.iter().filter_map(|figures| figures.start_round_trips).collect();
+    LinkSummary {
+        profile,
+        tool: tools.concat(),
+        runs: rows.len(),
+        failed: rows.len() - well.len(),
+        goodput: of(|f| f.goodput),
+        goodput_min: worst.unwrap_or(0.0),
+        mbit_per_s: of(|f| f.mbit_per_s),
+        longhaul_times: None,
+        waste: of(|f| f.waste),
+        started: starts.len(),
+        start_round_trips: median(starts.into_iter()),
+        queue_ms_median: of(|f| f.queue_ms_median),
+        queue_ms_p95: of(|f| f.queue_ms_p95),
+        cpu_s_per_gib: Cpu {
+            sender: of(|f| f.cpu_s_per_gib.sender),
+            receiver: of(|f| f.cpu_s_per_gib.receiver),
+            relay: of(|f| f.cpu_s_per_gib.relay),
+        },
+    }
+}
+
+fn of_share((profile, flows): Key, rows: &[&ShareRow]) -> ShareSummary {
+    let of = |value: fn(&ShareFigures) -> f64| median(rows.iter().map(|row| value(&row.figures)));
+    let recoveries: Vec<f64> = rows.iter().filter_map(|row| row.figures.recovery_s).collect();
+    let share = |i: usize| median(rows.iter().map(|row| row.figures.flows[i].share));
+    ShareSummary {
+        profile,
+        shares: (0..flows.len()).map(share).collect(),
+        flows,
+        runs: rows.len(),
+        jain: of(|f| f.jain),
+        used: of(|f| f.used),
+        recovery_s: (!recoveries.is_empty()).then(|| median(recoveries.into_iter())),
+        queue_ms_median: of(|f| f.queue_ms_median),
+    }
+}
+
+/// Tables for people.
+pub fn table(summary: &Summary) -> String {
+    let mut text = String::new();
+    if !summary.link.is_empty() {
+        text += &format!(
+            "{:<17} {:<12} {:>5} {:>6} {:>6} {:>8} {:>9} {:>7} {:>6} {:>13} {:>17}\n",
+            "profile",
+            "tool",
+            "runs",
+            "link %",
+            "worst",
+            "Mbit/s",
+            "longhaul",
+            "waste %",
+            "start",
+            "queue ms",
+            "CPU s/GiB"
+        );
+    }
+    for line in &summary.link {
+        let runs = match line.failed {
+            0 => line.runs.to_string(),
+            failed => format!("{}-{failed}", line.runs),
+        };
+        let times = line.longhaul_times.map_or_else(|| "-".to_owned(), |x| format!("{x:.2}x"));
+        // In round trips; never, if most runs did not start.
+        let start = if 2 * line.started > line.runs {
+            format!("{:.1}", line.start_round_trips)
+        } else {
+            "-".to_owned()
+        };
+        let cpu = line.cpu_s_per_gib;
+        text += &format!(
+            "{:<17} {:<12} {runs:>5} {:>6.1} {:>6.1} {:>8.1} {times:>9} {:>7.2} {start:>6} {:>13} {:>17}\n",
+            line.profile,
+            line.tool,
+            line.goodput * 100.0,
+            line.goodput_min * 100.0,
+            line.mbit_per_s,
+            line.waste * 100.0,
+            format!("{:.1}, {:.1}", line.queue_ms_median, line.queue_ms_p95),
+            format!("{:.1} {:.1} ({:.1})", cpu.sender, cpu.receiver, cpu.relay),
+        );
+    }
+    for line in &summary.share {
+        let shares: Vec<String> = line
+            .flows
+            .iter()
+            .zip(&line.shares)
+            .map(|(tool, share)| format!("{tool} {:.1} %", share * 100.0))
+            .collect();
+        let recovery = line.recovery_s.map_or_else(String::new, |s| {
+            format!(", 95 % of the link {s:.1} s after the end of the others")
+        });
+        text += &format!(
+            "{}, {} runs: {}; Jain {:.3}, {:.1} % of the link used, queue {:.1} ms{recovery}\n",
+            line.profile,
+            line.runs,
+            shares.join(", "),
+            line.jain,
+            line.used * 100.0,
+            line.queue_ms_median,
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::row;
+
+    fn origin() -> Origin {
+        Origin {
+            time: "2026-01-01T00:00:00Z".to_owned(),
+            command: "lab link run".to_owned(),
+            revision: Revision { commit: "0123456789ab".to_owned(), is_dirty: false },
+            host: Host {
+                cpu: "some".to_owned(),
+                cores: 2,
+                memory_mib: 1024,
+                kernel: "6.1".to_owned(),
+            },
+            profile: Profile::named("metro").unwrap(),
+            seed: 1,
+            run: 1,
+        }
+    }
+
+    fn link(tool: Tool, goodput: f64, failed: &str) -> Row {
+        Row::Link(Box::new(LinkRow {
+            origin: origin(),
+            tool: tool.name(),
+            tool_version: String::new(),
+            bound: Bound::Bytes(1 << 20),
+            failed: failed.to_owned(),
+            figures: Figures { goodput, ..Figures::default() },
+            wire: Stats::default(),
+        }))
+    }
+
+    fn share(shares: [f64; 2], recovery_s: Option<f64>) -> Row {
+        let flow = |share| ShareFlow {
+            tool: "longhaul".to_owned(),
+            tool_version: String::new(),
+            ran_s: [0.0, 10.0],
+            share,
+            mbit_per_s: 100.0,
+            rates_mbit: vec![100.0],
+        };
+        Row::Share(Box::new(ShareRow {
+            origin: origin(),
+            figures: ShareFigures {
+                flows: shares.map(flow).into(),
+                window_s: [5.0, 10.0],
+                used: 1.0,
+                jain: 1.0,
+                recovery_s,
+                queue_ms_median: 1.0,
+                queue_ms_p95: 2.0,
+            },
+            wire: Stats::default(),
+        }))
+    }
+
+    #[test]
+    fn rows_survive_their_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.jsonl");
+        let rows = [link(Tool::TcpBbr8, 0.5, ""), share([0.4, 0.6], Some(2.0))];
+        for row in &rows {
+            row::append(&path, row).unwrap();
+        }
+        assert_eq!(row::read::<Row>(&path).unwrap(), rows);
+    }
+
+    #[test]
+    fn medians_leave_failures_out_and_ratios_are_longhauls() {
+        let rows = [
+            link(Tool::TcpCubic, 0.1, ""),
+            link(Tool::Longhaul, 0.9, ""),
+            link(Tool::TcpCubic, 0.3, ""),
+            link(Tool::TcpCubic, 0.0, "it broke"),
+            link(Tool::TcpCubic, 0.2, ""),
+        ];
+        let summary = summarise(&rows).link;
+        let [cubic, ours] = summary.as_slice() else { panic!("{summary:?}") };
+        assert_eq!((cubic.tool.as_str(), cubic.runs, cubic.failed), ("tcp-cubic", 4, 1));
+        assert_eq!((cubic.goodput, cubic.goodput_min), (0.2, 0.1));
+        assert_eq!((cubic.longhaul_times, ours.longhaul_times), (Some(0.9 / 0.2), Some(1.0)));
+        let text = table(&summarise(&rows));
+        assert!(text.contains("4.50x") && text.contains("4-1"), "{text}");
+    }
+
+    #[test]
+    fn shares_are_those_of_each_flow() {
+        let rows = [share([0.4, 0.6], None), share([0.5, 0.5], Some(3.0)), share([0.6, 0.4], None)];
+        let summary = summarise(&rows).share;
+        let [both] = summary.as_slice() else { panic!("{summary:?}") };
+        assert_eq!((both.runs, both.shares.as_slice()), (3, &[0.5, 0.5][..]));
+        assert_eq!(both.recovery_s, Some(3.0));
+        assert!(table(&summarise(&rows)).contains("longhaul 50.0 %, longhaul 50.0 %; Jain 1.000"));
+    }
+
+    #[test]
+    fn a_command_shows_no_folders() {
+        let command = ["link", "run", "--results", "/home/me/link.jsonl", "--a=/b/c", "--x=y/z"];
+        let shown = shown(command.iter().map(|&argument| argument.to_owned()));
+        assert_eq!(shown, "lab link run --results link.jsonl --a=c --x=y/z");
+    }
+
+    #[test]
+    fn a_tool_has_a_name_and_a_version() {
+        assert_eq!(Tool::TcpCubic8.name(), "tcp-cubic-8");
+        let json = serde_json::to_string(&Tool::TcpCubic8).unwrap();
+        assert_eq!(json, "\"tcp-cubic-8\"");
+        assert!(version(Tool::QuinnBbr).unwrap().starts_with("0."));
+    }
+}
