@@ -39,7 +39,7 @@ const SEND_WINDOW_TIME: Duration = Duration::from_millis(200);
 const SEND_WINDOW_CAPPED_MIN: u64 = 64 * 1024;
 /// One part in so many more is paid for at the entry than is handed to QUIC. What has come to wait
 /// there, behind repetitions or because a cap was lowered, drains by that much.
-const ENTRY_MARGIN: u64 = 200;
+const ENTRY_MARGIN: u64 = 400;
 /// Bytes of a QUIC packet that carry no stream data: header, frame header and seal, on average.
 const QUIC_OVERHEAD: u64 = 40;
 /// Code of a stream whose sender gave up.

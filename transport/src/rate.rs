@@ -12,9 +12,9 @@
 //! exact.
 //!
 //! Invariant: over any span in which nothing was changed, what passed a bucket is at most rate x
-//! span + its burst ([`BURST`] at the entry, [`CREDIT_TIME`] at the socket) + one slice or batch per
-//! concurrent sender. The buckets are pure: the time comes in as an argument. Only
-//! [`JobRate::acquire`] at the end reads the clock and waits.
+//! span + [`BURST`] + one slice (at the socket: one batch of packets) per concurrent sender. The
+//! buckets are pure: the time comes in as an argument. Only [`JobRate::acquire`] at the end reads the
+//! clock and waits.
 //!
 //! A bucket may go below zero and is then repaid before anything else passes. So a slice of any
 //! size passes at once when the level is positive, and large slices cannot starve behind small
@@ -30,11 +30,9 @@ use tokio::sync::Notify;
 use crate::bit_rate::BitRate;
 use crate::class::Class;
 
-/// What a bucket at the entry saves up while nothing is sent, in time at its rate. Short, so that
-/// little waits in QUIC; long enough to bridge a late timer.
-pub const BURST: Duration = Duration::from_millis(10);
-/// The same at the socket: tokio's tick in milliseconds, and a busy host.
-pub(crate) const CREDIT_TIME: Duration = Duration::from_millis(4);
+/// What a bucket saves up while nothing is sent, in time at its rate. Long enough to bridge the late
+/// timers of a busy host; short enough that no second has 2 % too much.
+pub const BURST: Duration = Duration::from_millis(12);
 /// A slice is what the rate carries in this time, within the two limits below.
 const SLICE_TIME: Duration = Duration::from_millis(5);
 /// What is owed at the entry for what has left already is forgiven beyond what the cap carries in
@@ -49,7 +47,6 @@ const SLICE_MAX: u64 = 512 * 1024;
 #[derive(Debug, Clone)]
 struct Bucket {
     rate: Option<BitRate>,
-    burst: Duration,
     /// Billionths of a bit, so that no rate and no tick loses a rounding.
     level: i128,
     filled: Instant,
@@ -60,8 +57,8 @@ const UNITS_PER_BYTE: i128 = 8 * 1_000_000_000;
 
 impl Bucket {
     /// Without a rate.
-    fn new(burst: Duration, now: Instant) -> Self {
-        Self { rate: None, burst, level: 0, filled: now }
+    fn new(now: Instant) -> Self {
+        Self { rate: None, level: 0, filled: now }
     }
 
     fn set_rate(&mut self, rate: Option<BitRate>, now: Instant) {
@@ -79,7 +76,7 @@ impl Bucket {
             let per_nano = i128::from(rate.bits_per_second());
             let nanos = |span: Duration| i128::try_from(span.as_nanos()).unwrap_or(i128::MAX);
             let gained = nanos(elapsed).saturating_mul(per_nano);
-            let ceiling = nanos(self.burst).saturating_mul(per_nano);
+            let ceiling = nanos(BURST).saturating_mul(per_nano);
             self.level = self.level.saturating_add(gained).min(ceiling);
         }
     }
@@ -112,7 +109,7 @@ struct Cap {
 
 impl Cap {
     fn new(now: Instant) -> Self {
-        Self { entry: Bucket::new(BURST, now), wire: Bucket::new(CREDIT_TIME, now) }
+        Self { entry: Bucket::new(now), wire: Bucket::new(now) }
     }
 
     fn set_rate(&mut self, rate: Option<BitRate>, now: Instant) {
@@ -160,7 +157,7 @@ impl Tree {
     fn add_job(&mut self, now: Instant) -> u64 {
         let id = self.next_job;
         self.next_job += 1;
-        let classes = std::array::from_fn(|_| Bucket::new(BURST, now));
+        let classes = std::array::from_fn(|_| Bucket::new(now));
         let job = Job { cap: Cap::new(now), classes, waiting: [0; Class::ALL.len()], had: 0 };
         self.jobs.insert(id, job);
         id
