@@ -135,6 +135,10 @@ impl Pacing {
         }
         let view = PathView::of(connection);
         if let Some(view) = &view {
+            if let Some((_, Some(before))) = &*path {
+                let background = before.background.load(Ordering::Relaxed);
+                view.background.store(background, Ordering::Relaxed);
+            }
             self.socket.pace(remote, view);
         }
         *path = Some((remote, view));

@@ -5,7 +5,7 @@
 //! peer so.
 
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use crate::class::Class;
 use crate::close::{CloseCode, CloseReason, short};
+use crate::congestion::PathView;
 use crate::control::{ControlReceiver, ControlSender};
 use crate::fingerprint::Fingerprint;
 use crate::frame::{FrameError, Hello};
@@ -200,6 +201,14 @@ impl Session {
     /// Sends batches under the caps of `job` from the next one on. Without this there is no cap.
     pub fn set_rate(&self, job: JobRate) {
         *self.0.rate.lock().unwrap_or_else(PoisonError::into_inner) = job;
+    }
+
+    /// Makes what this side sends yield to everything else on its way, or take its share again. Takes
+    /// hold within a round trip; without effect under [`Congestion::Cubic`](crate::Congestion::Cubic).
+    pub fn set_background(&self, background: bool) {
+        if let Some(view) = PathView::of(&self.0.connection) {
+            view.background.store(background, Ordering::Relaxed);
+        }
     }
 
     /// Sends `header` and `body` as one batch on a stream of its own. Returns once QUIC has taken

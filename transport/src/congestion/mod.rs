@@ -3,15 +3,20 @@
 //! Invariant: what a controller decides reaches the wire: its window through quinn, its pacing rate
 //! through [`crate::pace`], because quinn 0.11 paces at 1.25 x window / smoothed round trip whatever
 //! a controller says. Both see the same [`PathView`], which outlives neither.
+//!
+//! `bbr` is the model and its states, `cycle` its probing, `round_trip` the length of the path,
+//! `delivery` what arrives; `rivals` is how it shares with others, `background` how it yields to them.
 
+mod background;
 mod bbr;
 mod cycle;
 mod delivery;
+mod rivals;
 mod round_trip;
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
@@ -30,6 +35,8 @@ pub(crate) struct PathView {
     pub(crate) pacing_rate: AtomicU64,
     /// What the path is thought to deliver, in bytes a second.
     pub(crate) bandwidth: AtomicU64,
+    /// What is sent here yields to others.
+    pub(crate) background: AtomicBool,
 }
 
 impl PathView {
@@ -104,6 +111,7 @@ impl Controller for PathController {
     ) {
         let Acked { bytes, newest_sent } = std::mem::take(&mut self.acked);
         let rtt = newest_sent.map(|sent| now.saturating_duration_since(sent));
+        self.model.set_background(now, self.view.background.load(Ordering::Relaxed));
         self.model.on_acks(
             now,
             bytes,

@@ -3,9 +3,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in what its cases share")]
 
+mod bbr_v1;
+mod cubic;
 mod grid;
 mod link;
 mod pair;
+mod sharing;
+mod tcp;
 
 use std::time::Duration;
 
