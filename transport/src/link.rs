@@ -3,6 +3,7 @@
 //! Invariant: a session ends once and for one reason; until then it has a connection, or waits for
 //! the next one. Everything here outlives a connection.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -91,6 +92,8 @@ pub(crate) struct Link {
     /// Send and receive window of a connection.
     pub(crate) connection_window: u64,
     rate: Mutex<JobRate>,
+    /// Whether what is sent yields to others.
+    background: AtomicBool,
 }
 
 impl Link {
@@ -108,6 +111,7 @@ impl Link {
             counters: Counters::default(),
             connection_window,
             rate: Mutex::new(RateLimiter::new().job()),
+            background: AtomicBool::new(false),
         }
     }
 
@@ -189,6 +193,7 @@ impl Link {
     /// The session goes on over `line`.
     pub(crate) fn up(&self, line: &Arc<Line>) {
         line.pacing.set_rate(self.rate());
+        line.pacing.set_background(self.background.load(Ordering::Relaxed));
         self.stand(|state| {
             state.past.add(&state.line.connection);
             state.past.connections += 1;
@@ -278,6 +283,11 @@ impl Link {
 
     pub(crate) fn rate(&self) -> JobRate {
         self.rate.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_background(&self, background: bool) {
+        self.background.store(background, Ordering::Relaxed);
+        self.line().pacing.set_background(background);
     }
 
     pub(crate) fn set_rate(&self, rate: JobRate) {

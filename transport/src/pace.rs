@@ -52,6 +52,8 @@ pub(crate) struct Place(Mutex<State>);
 struct State {
     /// What the controller wants; nothing is known of other controllers than ours.
     view: Option<Arc<PathView>>,
+    /// Whether what is sent yields to others.
+    background: bool,
     /// The caps, once the connection is a session.
     rate: Option<JobRate>,
     /// Bytes that the controller lets leave at once; below zero they have to be waited for.
@@ -64,6 +66,13 @@ struct State {
 }
 
 impl State {
+    /// Tells the controller whether to yield.
+    fn show_background(&self) {
+        if let Some(view) = &self.view {
+            view.background.store(self.background, Ordering::Relaxed);
+        }
+    }
+
     /// Bytes a second that the controller lets leave; none if it does not care.
     fn pacing_rate(&self) -> Option<u64> {
         let rate = self.view.as_ref()?.pacing_rate.load(Ordering::Relaxed);
@@ -92,6 +101,7 @@ impl Place {
     fn new() -> Arc<Self> {
         Arc::new(Self(Mutex::new(State {
             view: None,
+            background: false,
             rate: None,
             credit: 0.0,
             filled: Instant::now(),
@@ -310,8 +320,17 @@ impl Pacing {
         let mut account = self.account();
         if account.remote != remote {
             account.remote = remote;
-            self.place.state().view = PathView::of(connection);
+            let mut state = self.place.state();
+            state.view = PathView::of(connection);
+            state.show_background();
         }
+    }
+
+    /// Makes what is sent yield to others, or not.
+    pub(crate) fn set_background(&self, background: bool) {
+        let mut state = self.place.state();
+        state.background = background;
+        state.show_background();
     }
 
     /// Puts the connection under the caps of `rate`.

@@ -151,6 +151,12 @@ impl Session {
         self.0.link.down_for()
     }
 
+    /// Makes what this side sends yield to everything else on its way, or take its share again. Takes
+    /// hold within a round trip; without effect under [`Congestion::Cubic`](crate::Congestion::Cubic).
+    pub fn set_background(&self, background: bool) {
+        self.0.link.set_background(background);
+    }
+
     /// Sends `header` and `body` as one batch on a stream of its own. Returns once QUIC has taken
     /// it: the rate caps have let it pass and it fits into the send window. Batches arrive in any
     /// order. Dropping the future abandons the batch; the peer then sees nothing of it.

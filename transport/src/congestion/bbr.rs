@@ -4,6 +4,7 @@
 //! ```text
 //!  Startup -> Drain -> ProbeBW: Down -> Cruise -> Refill -> Up -> Down ..
 //!                         any state --(lowest round trip too old)--> ProbeRTT -> back
+//!                  in the background, ProbeBW --(others need the path)--> Yield -> Startup
 //! ```
 //! Invariant: once the pipe was full the pacing rate is a gain times the bandwidth of the model, and the
 //! window never falls below [`WINDOW_MIN_PACKETS`]; one loss changes neither.
@@ -11,9 +12,11 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use super::background::{self, Background};
 use super::cycle::{Cycle, Phase};
 use super::delivery::{Delivery, Flight, Sample};
-use super::round_trip::MIN_RTT_SHARE;
+use super::rivals::Rivals;
+use super::round_trip::{MIN_RTT_SHARE, STARTUP_QUEUE_SHARE};
 
 /// Least window, in packets. The draft has 4; with so few the receiver's delayed acknowledgements and
 /// a busy host's timers, not the path, decide how fast it goes.
@@ -33,8 +36,6 @@ const FULL_GROWTH: f64 = 1.25;
 const QUANTUM_TIME: Duration = Duration::from_millis(2);
 /// Rounds whose extra acknowledgements are forgotten together.
 const EXTRA_ROUNDS: u32 = 5;
-/// A queue of one part in so many of the round trip ends the start.
-const STARTUP_QUEUE_SHARE: u32 = 4;
 /// Share of a flight whose loss says that it was too large.
 const LOSS_PERCENT: u64 = 2;
 /// Fewer lost packets than this say nothing about a share.
@@ -56,6 +57,8 @@ pub(super) enum State {
         round_done: bool,
         lowest: Option<Duration>,
     },
+    /// Next to nothing is sent while others need the path: only in the background.
+    Yield,
 }
 
 /// Whether the delivery rate still grows.
@@ -71,6 +74,8 @@ struct FullPipe {
 #[derive(Debug, Clone)]
 pub(super) struct Bbr {
     initial_window: u64,
+    /// What the start begins with.
+    first_window: u64,
     mtu: u64,
     window: u64,
     pacing_rate: u64,
@@ -104,12 +109,15 @@ pub(super) struct Bbr {
     /// The window has held something back in this round.
     pub(super) window_limited: bool,
     pub(super) prior_window: u64,
+    pub(super) background: Background,
+    pub(super) rivals: Rivals,
 }
 
 impl Bbr {
     pub(super) fn new(initial_window: u64, now: Instant, mtu: u64) -> Self {
         Self {
             initial_window,
+            first_window: initial_window,
             mtu,
             window: initial_window,
             pacing_rate: 0,
@@ -136,6 +144,8 @@ impl Bbr {
             lossy_rounds: 0,
             window_limited: false,
             prior_window: initial_window,
+            background: Background::new(now),
+            rivals: Rivals::default(),
         }
     }
 
@@ -163,6 +173,21 @@ impl Bbr {
 
     pub(super) fn max_rate(&self) -> u64 {
         self.rates[0].max(self.rates[1])
+    }
+
+    /// Highest rate of this round.
+    pub(super) fn rate_latest(&self) -> u64 {
+        self.rate_latest
+    }
+
+    /// Highest rate of this cycle of probing.
+    pub(super) fn newest_max_rate(&self) -> u64 {
+        self.rates[1]
+    }
+
+    /// Takes `rate` for what the path delivers, whatever it once did.
+    pub(super) fn concede(&mut self, rate: u64) {
+        self.rates = [rate, 0];
     }
 
     pub(super) fn min_rtt(&self) -> Duration {
@@ -213,8 +238,9 @@ impl Bbr {
             self.advance(now, &sample, in_flight, acked);
         }
         self.check_probe_rtt(now, rtt, in_flight);
+        self.look_for_others(now);
         if self.round_start {
-            self.end_round(sample.as_ref());
+            self.end_round(now, sample.as_ref());
         }
         self.set_pacing_rate();
         self.set_window(acked);
@@ -297,7 +323,8 @@ impl Bbr {
         if self.state == State::Startup {
             // The draft waits for three rounds without growth, in which a whole BDP is queued or
             // lost. A queue that is seen says the same sooner.
-            self.full.reached |= !sample.app_limited && self.is_queued(STARTUP_QUEUE_SHARE);
+            self.full.reached |= !sample.app_limited
+                && (self.is_queued(STARTUP_QUEUE_SHARE) || self.is_probe_over());
             if self.full.reached {
                 self.state = State::Drain;
             }
@@ -310,6 +337,16 @@ impl Bbr {
     fn enter_probe_bw(&mut self, now: Instant) {
         self.state = State::ProbeBw;
         self.start_down(now);
+    }
+
+    /// Starts anew on a path that is known, from `rate` bytes a second.
+    pub(super) fn restart_from(&mut self, rate: u64) {
+        self.state = State::Startup;
+        self.full = FullPipe::default();
+        self.rates = [0, rate];
+        self.pacing_rate = rate;
+        (self.first_window, self.flight_long) = (0, None);
+        self.reset_short();
     }
 
     pub(super) fn leave_probe_rtt(&mut self, now: Instant) {
@@ -331,15 +368,19 @@ impl Bbr {
         (self.rate_short, self.flight_short) = (None, None);
     }
 
-    fn end_round(&mut self, sample: Option<&Sample>) {
+    fn end_round(&mut self, now: Instant, sample: Option<&Sample>) {
         let probing =
             self.state == State::ProbeBw && matches!(self.cycle.phase, Phase::Refill | Phase::Up);
-        if self.is_too_much(self.round_lost, self.round_lost + self.round_delivered) {
-            match self.state {
+        let of = self.round_lost + self.round_delivered;
+        self.count_rivals(is_share(self.round_lost, of, LOSS_PERCENT, self.mtu));
+        if self.is_too_much(self.round_lost, of) {
+            let state = self.state;
+            match state {
                 // Bursts of loss come alone. What a rival or a policer takes stays away.
                 _ if self.lossy_rounds < LOSSY_ROUNDS && !self.is_queued(MIN_RTT_SHARE) => {
                     self.lossy_rounds += 1;
                 }
+                _ if self.gives_way_to_losses(now) => {}
                 State::Startup => {
                     self.full.reached = true;
                     self.flight_long = Some(self.bdp(1.0).max(self.delivered_latest));
@@ -348,8 +389,10 @@ impl Bbr {
                     let keep = |bound: u64| bound * BETA_PERCENT / 100;
                     let rate = self.rate_short.unwrap_or_else(|| self.max_rate());
                     let flight = self.flight_short.unwrap_or(self.window);
-                    self.rate_short = Some(self.rate_latest.max(keep(rate)));
-                    self.flight_short = Some(self.delivered_latest.max(keep(flight)));
+                    let (least_rate, least_flight) = self.held();
+                    self.rate_short = Some(self.rate_latest.max(keep(rate)).max(least_rate));
+                    let flight = self.delivered_latest.max(keep(flight)).max(least_flight);
+                    self.flight_short = Some(flight);
                 }
                 _ => {}
             }
@@ -363,7 +406,7 @@ impl Bbr {
     }
 
     pub(super) fn is_too_much(&self, lost: u64, of: u64) -> bool {
-        lost >= LOSS_PACKETS * self.mtu && lost * 100 > of.saturating_mul(LOSS_PERCENT)
+        is_share(lost, of, self.loss_percent(LOSS_PERCENT), self.mtu)
     }
 
     pub(super) fn on_lost(&mut self, now: Instant, sent: Instant, bytes: u64) {
@@ -386,7 +429,9 @@ impl Bbr {
     /// For several timeouts nothing came through: what was known of the path is void.
     pub(super) fn on_dead_path(&mut self, now: Instant) {
         let delivery = self.delivery.clone();
+        let on = self.background.is_on();
         *self = Self { delivery, ..Self::new(super::INITIAL_WINDOW, now, self.mtu) };
+        self.set_background(now, on);
         self.start_round();
     }
 
@@ -408,10 +453,15 @@ impl Bbr {
     fn set_pacing_rate(&mut self) {
         let rate = self.bandwidth() as f64 * (1.0 - PACING_MARGIN);
         let gain = match self.state {
+            State::Startup if self.background.is_on() => background::STARTUP_GAIN,
             State::Startup => STARTUP_PACING_GAIN,
             State::Drain => DRAIN_PACING_GAIN,
-            State::ProbeBw => self.cycle.phase.pacing_gain(),
+            State::ProbeBw => self.phase_gain(),
             State::ProbeRtt { .. } => 1.0,
+            State::Yield => {
+                self.pacing_rate = self.background.floor();
+                return;
+            }
         };
         let wanted = (rate * gain) as u64;
         if self.full.reached {
@@ -419,7 +469,7 @@ impl Bbr {
             return;
         }
         // The first samples are of a handshake: the path bears the first window in a round trip.
-        let first = self.min_rtt.map_or(0.0, |rtt| self.initial_window as f64 / rtt.as_secs_f64());
+        let first = self.min_rtt.map_or(0.0, |rtt| self.first_window as f64 / rtt.as_secs_f64());
         let first = (first * STARTUP_PACING_GAIN) as u64;
         self.pacing_rate = self.pacing_rate.max(wanted).max(first);
     }
@@ -429,6 +479,11 @@ impl Bbr {
             State::Startup | State::Drain => STARTUP_WINDOW_GAIN,
             State::ProbeBw => self.cycle.phase.window_gain(),
             State::ProbeRtt { .. } => 1.0,
+            State::Yield => {
+                let some = carried(self.background.floor(), 2 * self.min_rtt());
+                self.window = some.max(self.min_window());
+                return;
+            }
         };
         let extra =
             if self.full.reached { self.extra_acked[0].max(self.extra_acked[1]) } else { 0 };
@@ -458,6 +513,11 @@ impl Bbr {
         };
         long.unwrap_or(WINDOW_MAX).min(self.flight_short.unwrap_or(WINDOW_MAX))
     }
+}
+
+/// Whether `lost` bytes are more than `percent` of `of`, and enough to say so.
+fn is_share(lost: u64, of: u64, percent: u64, mtu: u64) -> bool {
+    lost >= LOSS_PACKETS * mtu && lost * 100 > of.saturating_mul(percent)
 }
 
 /// Bytes that `rate` bytes a second are in `span`.

@@ -88,12 +88,23 @@ impl Cycle {
     }
 }
 
+impl Cycle {
+    /// How long ago the probe began or ended, whichever came last.
+    pub(super) fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.since)
+    }
+}
+
 impl Bbr {
     pub(super) fn start_down(&mut self, now: Instant) {
         self.cycle.up_count = u64::MAX;
         // As good as a die, and the same in each run of a test.
         let jitter = self.max_rate() / 7 % 500;
-        let wait = if self.cycle.was_too_much { PROBE_WAIT } else { PROBE_WAIT_CLEAN };
+        let wait = if self.cycle.was_too_much || self.background.is_on() {
+            PROBE_WAIT
+        } else {
+            PROBE_WAIT_CLEAN
+        };
         self.cycle.wait = wait + Duration::from_millis(jitter);
         self.cycle.rounds = 0;
         self.cycle.since = now;
@@ -119,6 +130,7 @@ impl Bbr {
     fn start_up(&mut self, now: Instant) {
         self.cycle.since = now;
         self.cycle.phase = Phase::Up;
+        self.start_gaining();
         self.start_round();
         self.reset_full_pipe();
         self.raise_slope();
@@ -159,8 +171,9 @@ impl Bbr {
                 // The draft goes on until the rate has not grown for three rounds, a quarter of a
                 // BDP more in the queue each. One such quarter with nothing gained tells as much.
                 let filled = now.saturating_duration_since(self.cycle.since) > self.min_rtt()
-                    && in_flight >= self.bdp(UP_FLIGHT);
-                if self.is_pipe_full() || filled {
+                    && in_flight >= self.bdp(UP_FLIGHT)
+                    && !self.still_gains();
+                if self.is_pipe_full() || filled || self.is_probe_over() {
                     self.cycle.suspicions = 0;
                     self.start_down(now);
                 }
@@ -170,6 +183,7 @@ impl Bbr {
 
     fn adapt_long(&mut self, sample: &Sample, acked: u64) {
         if self.round_start && std::mem::take(&mut self.cycle.ends_probe) && !sample.app_limited {
+            self.end_gaining(self.newest_max_rate());
             self.next_rate_cycle();
         }
         let flight = sample.flight;
@@ -221,7 +235,7 @@ impl Bbr {
             self.cycle.suspicions += 1;
         } else {
             let least = self.bdp(1.0).min(self.window()) * BETA_PERCENT / 100;
-            self.flight_long = Some(flight.max(least));
+            self.flight_long = Some(flight.max(least).max(self.held().1));
         }
         if self.cycle.phase == Phase::Up {
             self.start_down(now);
@@ -239,6 +253,7 @@ impl Bbr {
     fn is_time_to_probe(&self, now: Instant) -> bool {
         let reno = (self.bdp(1.0).min(self.window()) / self.mtu()).min(PROBE_ROUNDS_MAX);
         now.saturating_duration_since(self.cycle.since) > self.cycle.wait
+            || self.is_rivals_turn()
             || (self.cycle.rounds >= reno && !self.cycle.was_too_much)
     }
 }

@@ -3,10 +3,15 @@
 //! Invariant: what a controller decides reaches the wire: its window through quinn, its pacing rate
 //! through [`crate::pace`], because quinn 0.11 paces at 1.25 x window / smoothed round trip whatever
 //! a controller says. Both see the same [`PathView`], which outlives neither.
+//!
+//! `bbr` is the model and its states, `cycle` its probing, `round_trip` the length of the path,
+//! `delivery` what arrives; `rivals` is how it shares with others, `background` how it yields to them.
 
+mod background;
 mod bbr;
 mod cycle;
 mod delivery;
+mod rivals;
 mod round_trip;
 
 use std::any::Any;
@@ -33,6 +38,8 @@ pub(crate) struct PathView {
     /// A cap has held something back since this was last looked at: what then arrives says nothing
     /// about the path.
     pub(crate) is_capped: AtomicBool,
+    /// What is sent here yields to others.
+    pub(crate) background: AtomicBool,
 }
 
 impl PathView {
@@ -108,6 +115,7 @@ impl Controller for PathController {
         let Acked { bytes, newest_sent } = std::mem::take(&mut self.acked);
         let rtt = newest_sent.map(|sent| now.saturating_duration_since(sent));
         let app_limited = app_limited || self.view.is_capped.swap(false, Ordering::Relaxed);
+        self.model.set_background(now, self.view.background.load(Ordering::Relaxed));
         self.model.on_acks(
             now,
             bytes,

@@ -16,6 +16,8 @@ const RTTS: usize = 8;
 /// A round trip no longer than the lowest by this share and [`HOST_DELAY`] confirms it: jitter rarely
 /// repeats the exact minimum, and the draft would stop for nothing every five seconds.
 pub(super) const MIN_RTT_SHARE: u32 = 16;
+/// A queue of one part in so many of the round trip ends the start.
+pub(super) const STARTUP_QUEUE_SHARE: u32 = 4;
 /// What a busy host may add to a round trip.
 const HOST_DELAY: Duration = Duration::from_millis(1);
 
@@ -29,12 +31,18 @@ impl Bbr {
         if self.min_rtt.is_none_or(confirms) {
             self.min_rtt_at = now;
         }
-        self.min_rtt = Some(self.min_rtt.map_or(rtt, |min| min.min(rtt)));
+        self.min_rtt = Some(if self.background.is_on() {
+            self.background.base(now, rtt)
+        } else {
+            self.min_rtt.map_or(rtt, |min| min.min(rtt))
+        });
     }
 
     pub(super) fn check_probe_rtt(&mut self, now: Instant, rtt: Option<Duration>, in_flight: u64) {
         let State::ProbeRtt { done, round_done, lowest } = self.state else {
-            if now.saturating_duration_since(self.min_rtt_at) > PROBE_RTT_INTERVAL {
+            // In the background no queue stands that would hide the path, unless it is another's.
+            let old = now.saturating_duration_since(self.min_rtt_at) > PROBE_RTT_INTERVAL;
+            if old && !self.background.is_on() {
                 self.prior_window = self.window();
                 self.state = State::ProbeRtt { done: None, round_done: false, lowest: None };
             }
@@ -66,9 +74,13 @@ impl Bbr {
     /// Whether even the shortest of the newest round trips took longer than the path, by one part in
     /// `share` of it.
     pub(super) fn is_queued(&self, share: u32) -> bool {
+        self.is_queued_by(self.min_rtt() / share)
+    }
+
+    /// As [`is_queued`](Self::is_queued), by more than `limit`.
+    pub(super) fn is_queued_by(&self, limit: Duration) -> bool {
         let shortest = self.newest_rtts.iter().min();
         self.newest_rtts.len() == RTTS
-            && shortest
-                .is_some_and(|rtt| *rtt > self.min_rtt() + self.min_rtt() / share + 2 * HOST_DELAY)
+            && shortest.is_some_and(|rtt| *rtt > self.min_rtt() + limit + 2 * HOST_DELAY)
     }
 }

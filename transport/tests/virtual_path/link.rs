@@ -1,4 +1,5 @@
-//! A lossy link in memory, for quinn on tokio's paused clock: the lab's model of a WAN, twice.
+//! A lossy link in memory, for quinn on tokio's paused clock: the lab's model of a WAN, twice; for one
+//! pair of ends, or for several that share its rate and its queue.
 //!
 //! Invariant: everything that happens to a packet follows from the clock and the seed.
 
@@ -31,11 +32,64 @@ pub(crate) struct Tally {
     pub(crate) lost_bytes: u64,
     /// By its full queue.
     pub(crate) dropped: u64,
+    pub(crate) delivered_bytes: u64,
 }
 
-struct Direction {
+/// One direction, for all who share it.
+struct Way {
     link: Link,
     began: Instant,
+}
+
+/// Both directions of a link that any number of flows share.
+#[derive(Clone)]
+pub(crate) struct Line {
+    ways: [Arc<Mutex<Way>>; 2],
+}
+
+impl Line {
+    pub(crate) fn new(profile: &Profile, seed: u64) -> Self {
+        let way = |seed| {
+            Arc::new(Mutex::new(Way { link: Link::new(profile, seed), began: Instant::now() }))
+        };
+        Self { ways: [way(2 * seed), way(2 * seed + 1)] }
+    }
+
+    /// Offers a packet of `bytes`, its headers included, there: when it arrives, or why not.
+    pub(crate) fn offer_there(&self, bytes: u32) -> Result<Instant, Reason> {
+        lock(&self.ways[0]).offer(bytes)
+    }
+
+    /// As [`offer_there`](Self::offer_there), in the other direction.
+    pub(crate) fn offer_back(&self, bytes: u32) -> Result<Instant, Reason> {
+        lock(&self.ways[1]).offer(bytes)
+    }
+
+    /// The `nth` pair of ends; none may be asked for twice.
+    pub(crate) fn pair(&self, nth: u8) -> (Arc<End>, Arc<End>) {
+        let [there, back] = self.ways.each_ref().map(Direction::new);
+        let addr = |host: u8| SocketAddr::from(([192, 0, 2, host], 4433));
+        let (near, far) = (addr(2 * nth + 1), addr(2 * nth + 2));
+        let end = |addr, peer, out, into| {
+            let timer = Mutex::new(Box::pin(tokio::time::sleep(Duration::ZERO)));
+            Arc::new(End { addr, peer, out, into, timer })
+        };
+        (end(near, far, there.clone(), back.clone()), end(far, near, back, there))
+    }
+}
+
+impl Way {
+    fn offer(&mut self, bytes: u32) -> Result<Instant, Reason> {
+        match self.link.offer(self.began.elapsed(), bytes) {
+            Verdict::Deliver(at) => Ok(self.began + at),
+            Verdict::Drop(reason) => Err(reason),
+        }
+    }
+}
+
+/// One direction, for one pair of ends.
+struct Direction {
+    way: Arc<Mutex<Way>>,
     under_way: VecDeque<(Instant, Vec<u8>)>,
     reader: Option<Waker>,
     tally: Tally,
@@ -43,10 +97,9 @@ struct Direction {
 }
 
 impl Direction {
-    fn new(profile: &Profile, seed: u64) -> Arc<Mutex<Self>> {
+    fn new(way: &Arc<Mutex<Way>>) -> Arc<Mutex<Self>> {
         Arc::new(Mutex::new(Self {
-            link: Link::new(profile, seed),
-            began: Instant::now(),
+            way: way.clone(),
             under_way: VecDeque::new(),
             reader: None,
             tally: Tally::default(),
@@ -59,15 +112,17 @@ impl Direction {
         self.tally.offered += 1;
         self.tally.offered_bytes += u64::from(bytes);
         self.departures.push((Instant::now(), u64::from(bytes)));
-        match self.link.offer(self.began.elapsed(), bytes) {
-            Verdict::Deliver(at) => {
-                self.under_way.push_back((self.began + at, packet.to_vec()));
+        let offered = lock(&self.way).offer(bytes);
+        match offered {
+            Ok(at) => {
+                self.tally.delivered_bytes += u64::from(bytes);
+                self.under_way.push_back((at, packet.to_vec()));
                 if let Some(reader) = self.reader.take() {
                     reader.wake();
                 }
             }
-            Verdict::Drop(Reason::Queue) => self.tally.dropped += 1,
-            Verdict::Drop(Reason::Loss | Reason::Cut) => {
+            Err(Reason::Queue) => self.tally.dropped += 1,
+            Err(Reason::Loss | Reason::Cut) => {
                 self.tally.lost += 1;
                 self.tally.lost_bytes += u64::from(bytes);
             }
@@ -88,17 +143,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap()
 }
 
-/// Two ends of one link.
-pub(crate) fn pair(profile: &Profile, seed: u64) -> (Arc<End>, Arc<End>) {
-    let (there, back) = (Direction::new(profile, 2 * seed), Direction::new(profile, 2 * seed + 1));
-    let addr = |host: u8| SocketAddr::from(([192, 0, 2, host], 4433));
-    let end = |addr, peer, out, into| {
-        let timer = Mutex::new(Box::pin(tokio::time::sleep(Duration::ZERO)));
-        Arc::new(End { addr, peer, out, into, timer })
-    };
-    (end(addr(1), addr(2), there.clone(), back.clone()), end(addr(2), addr(1), back, there))
-}
-
 impl End {
     pub(crate) fn addr(&self) -> SocketAddr {
         self.addr
@@ -106,24 +150,26 @@ impl End {
 
     /// Loses everything in both directions from now on.
     pub(crate) fn cut(&self) {
-        lock(&self.out).link.cut();
-        lock(&self.into).link.cut();
+        for direction in [&self.out, &self.into] {
+            lock(&lock(direction).way).link.cut();
+        }
     }
 
     /// Ends a cut.
     pub(crate) fn restore(&self) {
-        lock(&self.out).link.restore();
-        lock(&self.into).link.restore();
+        for direction in [&self.out, &self.into] {
+            lock(&lock(direction).way).link.restore();
+        }
     }
 
     /// Gives the direction from this end another rate.
     pub(crate) fn set_rate_mbit(&self, mbit: u64) {
-        lock(&self.out).link.set_rate(mbit * 1_000_000);
+        lock(&lock(&self.out).way).link.set_rate(mbit * 1_000_000);
     }
 
     /// Time since the link began.
     pub(crate) fn age(&self) -> Duration {
-        lock(&self.out).began.elapsed()
+        lock(&lock(&self.out).way).began.elapsed()
     }
 
     /// When this end sent how many bytes, headers included.

@@ -3,11 +3,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in what its cases share")]
 
+mod bbr_v1;
 mod caps;
+mod cubic;
 mod cuts;
 mod grid;
 mod link;
 mod pair;
+mod sharing;
+mod tcp;
 
 use std::time::Duration;
 

@@ -11,7 +11,7 @@ use longhaul_bench::profile::Profile;
 use longhaul_transport::{Class, Endpoint, Fingerprint, Identity, Session, TrustedPeers, Tuning};
 use tokio::time::Instant;
 
-use super::link::{self, End};
+use super::link::{End, Line};
 
 pub(crate) const MIB: usize = 1024 * 1024;
 /// Size of the batches in these tests.
@@ -42,12 +42,18 @@ pub(crate) fn path(rate_mbit: u64, rtt_ms: u64, loss_ppm: u32) -> Profile {
 }
 
 pub(crate) async fn connect(profile: &Profile, seed: u64, tuning: Tuning) -> Pair {
+    connect_over(&Line::new(profile, seed), 0, seed, tuning).await
+}
+
+/// As [`connect`], as the `nth` pair of those that share `line`.
+pub(crate) async fn connect_over(line: &Line, nth: u8, seed: u64, tuning: Tuning) -> Pair {
     let home = tempfile::tempdir().unwrap();
     let identity = |name| Identity::load_or_create(&home.path().join(name)).unwrap();
     let (near_id, far_id) = (identity("near"), identity("far"));
     let trust = Arc::new(TrustedPeers::new([near_id.fingerprint(), far_id.fingerprint()]));
-    let (near, far) = link::pair(profile, seed);
-    let tuning = Tuning { simulation_seed: Some(seed), ..tuning };
+    let (near, far) = line.pair(nth);
+    let simulation_seed = Some(seed + 1000 * u64::from(nth));
+    let tuning = Tuning { simulation_seed, ..tuning };
     let open = |end: &Arc<End>, id: &Identity| {
         Endpoint::on_socket(end.clone(), id, trust.clone(), tuning.clone()).unwrap()
     };
