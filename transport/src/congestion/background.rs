@@ -15,7 +15,7 @@ use super::bbr::{Bbr, State};
 use super::cycle::Phase;
 
 /// A queue of one part in so many of the round trip is one.
-pub(super) const QUEUE_SHARE: u32 = 32;
+const QUEUE_SHARE: u32 = 32;
 /// Share of a round trip for which a queue must stand: what is shorter is a burst.
 const STANDING_SHARE: u32 = 4;
 /// Rounds after a probe in which a queue may be its own.

@@ -126,6 +126,18 @@ async fn tcp_alone_fills_the_link() {
     }
 }
 
+/// From the tenth round trip of a session on it has the link, on a path that nobody has measured.
+#[tokio::test(start_paused = true)]
+async fn a_start_takes_ten_round_trips() {
+    let profile = Profile::named("continental").unwrap();
+    let line = Line::new(&profile, 1);
+    let session = Sending::start(&line, 0).await;
+    tokio::time::sleep(9 * profile.rtt()).await;
+    let [share] = shares(&profile, [&session], 10 * profile.rtt()).await;
+    println!("from the tenth round trip to the twentieth: {share:.3}");
+    assert!(share >= 0.9, "{share}");
+}
+
 /// Two sessions, the second some time after the first: fair from ten seconds after that on.
 #[tokio::test(start_paused = true)]
 async fn two_sessions_share_fairly() {
