@@ -10,7 +10,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,8 +44,8 @@ pub(crate) const NICE: i32 = -15;
 /// Grain and number of the classes in which waits before the bottleneck are counted: up to 2 s.
 const WAIT_GRAIN: Duration = Duration::from_micros(100);
 const WAIT_CLASSES: usize = 20_000;
-/// How often the kernel's own drop counter is read, and waits are summed up, while packets move.
-const SUM_PERIOD: Duration = Duration::from_millis(500);
+/// How often the kernel's own drop counter is read while packets move.
+const DEVICE_COUNT_PERIOD: Duration = Duration::from_millis(500);
 /// An addition to an eventfd's counter; any that is not zero wakes, in either byte order.
 const WAKE: [u8; 8] = [1, 0, 0, 0, 0, 0, 0, 0];
 
@@ -116,6 +116,7 @@ struct Shared {
     is_cut: AtomicBool,
     is_over: AtomicBool,
     directions: [Mutex<DirectionStats>; 2],
+    waits: [Waits; 2],
 }
 
 /// The running data threads of one WAN.
@@ -154,8 +155,7 @@ impl Relay {
                 under_way_bytes: 0,
                 spare: Vec::new(),
                 mtu: usize::from(profile.mtu),
-                waits: Waits::new(),
-                summed: Duration::ZERO,
+                device_counted: Duration::ZERO,
                 stats: DirectionStats::default(),
             };
             let name = name.to_owned();
@@ -186,17 +186,20 @@ impl Relay {
 
     /// What happened so far.
     pub fn stats(&self) -> Stats {
-        let [a_to_b, b_to_a] = &self.shared.directions;
-        let read = |stats: &Mutex<DirectionStats>| {
-            stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let read = |direction: usize| {
+            let stats = &self.shared.directions[direction];
+            let stats = stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let waits = self.shared.waits[direction].counts();
+            let [queue_us_median, queue_us_p95] = [50, 95].map(|percent| us_at(&waits, percent));
+            DirectionStats { queue_us_median, queue_us_p95, ..stats }
         };
         let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
         Stats {
             elapsed_s: self.started.elapsed().as_secs_f64(),
             cpu_s: Duration::try_from(cpu).unwrap_or_default().as_secs_f64(),
             is_cut: self.shared.is_cut.load(Ordering::SeqCst),
-            a_to_b: read(a_to_b),
-            b_to_a: read(b_to_a),
+            a_to_b: read(0),
+            b_to_a: read(1),
         }
     }
 
@@ -219,29 +222,37 @@ impl Drop for Relay {
     }
 }
 
-/// How many packets waited how long, in classes of [`WAIT_GRAIN`].
-struct Waits(Box<[u64]>);
+/// How many packets waited how long, in classes of [`WAIT_GRAIN`]. Without a lock: a data thread must
+/// never wait for whoever reads.
+#[derive(Debug)]
+struct Waits(Box<[AtomicU64]>);
+
+impl Default for Waits {
+    fn default() -> Self {
+        Self((0..WAIT_CLASSES).map(|_| AtomicU64::new(0)).collect())
+    }
+}
 
 impl Waits {
-    fn new() -> Self {
-        Self(vec![0; WAIT_CLASSES].into())
-    }
-
-    fn count(&mut self, wait: Duration) {
+    fn count(&self, wait: Duration) {
         let class = (wait.as_nanos() / WAIT_GRAIN.as_nanos()) as usize;
-        self.0[class.min(WAIT_CLASSES - 1)] += 1;
+        self.0[class.min(WAIT_CLASSES - 1)].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// What `percent` of all packets waited at most, in microseconds; 0 of none.
-    fn us_at(&self, percent: u64) -> u64 {
-        let rank = (self.0.iter().sum::<u64>() * percent).div_ceil(100);
-        let mut seen = 0;
-        let class = self.0.iter().position(|count| {
-            seen += count;
-            seen >= rank
-        });
-        class.unwrap_or(0) as u64 * WAIT_GRAIN.as_micros() as u64
+    fn counts(&self) -> Vec<u64> {
+        self.0.iter().map(|count| count.load(Ordering::Relaxed)).collect()
     }
+}
+
+/// What `percent` of all packets waited at most, in microseconds; 0 of none.
+fn us_at(counts: &[u64], percent: u64) -> u64 {
+    let rank = (counts.iter().sum::<u64>() * percent).div_ceil(100);
+    let mut seen = 0;
+    let class = counts.iter().position(|count| {
+        seen += count;
+        seen >= rank
+    });
+    class.unwrap_or(0) as u64 * WAIT_GRAIN.as_micros() as u64
 }
 
 struct Packet {
@@ -264,8 +275,7 @@ struct Direction {
     under_way_bytes: usize,
     spare: Vec<Box<[u8]>>,
     mtu: usize,
-    waits: Waits,
-    summed: Duration,
+    device_counted: Duration,
     stats: DirectionStats,
 }
 
@@ -328,7 +338,7 @@ impl Direction {
             let counter = match verdict {
                 Verdict::Deliver(due) if self.under_way_bytes + len <= UNDER_WAY_BYTES_MAX => {
                     self.under_way_bytes += len;
-                    self.waits.count(self.link.last_wait());
+                    self.shared.waits[self.index].count(self.link.last_wait());
                     self.under_way.push_back(Packet { due, buffer, len });
                     continue;
                 }
@@ -386,11 +396,9 @@ impl Direction {
 
     fn publish(&mut self) {
         self.stats.queue_peak_bytes = self.link.queue_peak_bytes();
-        if self.looked >= self.summed + SUM_PERIOD {
-            self.summed = self.looked;
+        if self.looked >= self.device_counted + DEVICE_COUNT_PERIOD {
+            self.device_counted = self.looked;
             self.stats.device_dropped = device_dropped().unwrap_or(self.stats.device_dropped);
-            self.stats.queue_us_median = self.waits.us_at(50);
-            self.stats.queue_us_p95 = self.waits.us_at(95);
         }
         let mut shared =
             self.shared.directions[self.index].lock().unwrap_or_else(PoisonError::into_inner);
@@ -433,13 +441,14 @@ mod tests {
 
     #[test]
     fn waits_have_their_median_and_tail() {
-        let mut waits = Waits::new();
-        assert_eq!(waits.us_at(50), 0);
+        let waits = Waits::default();
+        assert_eq!(us_at(&waits.counts(), 50), 0);
         for ms in 1..=100 {
             waits.count(Duration::from_millis(ms));
         }
-        assert_eq!((waits.us_at(50), waits.us_at(95)), (50_000, 95_000));
+        let counts = waits.counts();
+        assert_eq!((us_at(&counts, 50), us_at(&counts, 95)), (50_000, 95_000));
         waits.count(Duration::from_secs(60));
-        assert_eq!(waits.us_at(100), 1_999_900);
+        assert_eq!(us_at(&waits.counts(), 100), 1_999_900);
     }
 }
