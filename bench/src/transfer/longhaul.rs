@@ -12,7 +12,7 @@ use longhaul_transport::{Class, Endpoint, Identity, Session, TrustedPeers, Tunin
 use tokio::task::JoinSet;
 
 use super::meter::{LOOK_PERIOD, Meter, Stop, Supply, payload_block};
-use super::{Answer, Order, ends};
+use super::{Answer, Order, Tool, ends};
 use crate::netns::Side;
 
 /// Size of a batch.
@@ -47,6 +47,7 @@ pub(super) async fn send(order: &Order, supply: &Arc<Supply>) -> Result<u64> {
     let (endpoint, peer) = endpoint(order)?;
     let address = SocketAddr::from((Side::B.address(), order.port));
     let session = endpoint.connect(address, peer).await?;
+    session.set_background(order.tool == Tool::LonghaulBackground);
     supply.begin();
     let done = tokio::select! {
         done = send_all(&session, supply) => done,

@@ -36,6 +36,8 @@ use crate::netns::Side;
 pub enum Tool {
     /// This product's transport with its default settings.
     Longhaul,
+    /// The same, yielding to whoever else is on the link.
+    LonghaulBackground,
     /// quinn as it comes, its CUBIC.
     QuinnCubic,
     /// quinn as it comes, its BBR.
@@ -74,7 +76,7 @@ impl Tool {
 
     fn engine(self) -> Engine {
         match self {
-            Self::Longhaul => Engine::Longhaul,
+            Self::Longhaul | Self::LonghaulBackground => Engine::Longhaul,
             Self::QuinnCubic => Engine::Quinn(quic::Control::Cubic),
             Self::QuinnBbr => Engine::Quinn(quic::Control::Bbr),
             Self::TcpBbr => Engine::Tcp { control: "bbr", streams: 1 },
