@@ -192,8 +192,7 @@ impl Link {
 
     /// The session goes on over `line`.
     pub(crate) fn up(&self, line: &Arc<Line>) {
-        line.pacing.set_rate(self.rate());
-        line.pacing.set_background(self.background.load(Ordering::Relaxed));
+        self.set_manners(line);
         self.stand(|state| {
             state.past.add(&state.line.connection);
             state.past.connections += 1;
@@ -201,6 +200,14 @@ impl Link {
             state.standing = Standing::Up;
             state.silent = None;
         });
+        // Again: what was set meanwhile has found the old line.
+        self.set_manners(line);
+    }
+
+    /// Puts `line` under the session's caps, in the background if it is there.
+    fn set_manners(&self, line: &Line) {
+        line.pacing.set_rate(self.rate());
+        line.pacing.set_background(self.background.load(Ordering::Relaxed));
     }
 
     /// There is no connection, until another one takes the session on.
@@ -291,8 +298,8 @@ impl Link {
     }
 
     pub(crate) fn set_rate(&self, rate: JobRate) {
-        self.line().pacing.set_rate(rate.clone());
-        *self.rate.lock().unwrap_or_else(PoisonError::into_inner) = rate;
+        *self.rate.lock().unwrap_or_else(PoisonError::into_inner) = rate.clone();
+        self.line().pacing.set_rate(rate);
     }
 
     pub(crate) fn stats(&self) -> PathStats {

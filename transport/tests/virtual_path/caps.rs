@@ -151,6 +151,31 @@ async fn a_cut_link_that_is_whole_again_gets_no_burst() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_session_that_goes_on_over_another_connection_keeps_its_caps() {
+    let (pair, _agent, job, _busy) = capped("20M").await;
+    for session in [&pair.from, &pair.to] {
+        session.set_patience(300 * SECOND);
+    }
+    sleep(5 * SECOND).await;
+    let cut = Instant::now();
+    pair.near.cut();
+    sleep(60 * SECOND).await;
+    pair.near.restore();
+    sleep(5 * SECOND).await;
+    let whole = Instant::now();
+    sleep(10 * SECOND).await;
+    assert_eq!(pair.from.stats().reconnects, 1);
+    let most = Wire::of(&[&pair]).most(SECOND, cut - SECOND, Instant::now());
+    println!("over a reconnect: {:.4} of the cap in a second at most", most / 20e6);
+    assert!(most <= MOST * 20e6, "{most}");
+    Wire::of(&[&pair]).check("after a reconnect", "20M", whole, Instant::now());
+    job.set_job(rate("50M"));
+    let changed = Instant::now();
+    sleep(10 * SECOND).await;
+    Wire::of(&[&pair]).check("changed", "50M", changed + CHANGE, Instant::now());
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_agents_cap_holds_over_all_its_sessions() {
     let agent = RateLimiter::new();
     agent.set_agent(rate("20M"));
