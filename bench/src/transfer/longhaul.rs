@@ -5,7 +5,6 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use longhaul_transport::{Class, Endpoint, Identity, Session, TrustedPeers, Tuning};
@@ -106,7 +105,7 @@ pub(super) async fn receive(order: &Order, meter: &Arc<Meter>, stop: &Stop) -> R
         loop {
             // Batches arrive many at a time: what the link gave is seen by its bytes.
             meter.set_wire(session.stats().wire_bytes_received);
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(LOOK_PERIOD).await;
         }
     };
     tokio::select! {

@@ -22,7 +22,7 @@ pub(super) const SAMPLE_PERIOD: Duration = Duration::from_millis(20);
 pub(super) const LOOK_PERIOD: Duration = Duration::from_millis(10);
 /// What was offered in time must have arrived this long after, or the rest is dropped: slow senders
 /// with large buffers would take minutes.
-pub(super) const DRAIN_MAX: Duration = Duration::from_secs(30);
+const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 /// Microseconds of the monotonic clock.
 pub(super) fn now_us() -> u64 {

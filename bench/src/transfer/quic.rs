@@ -5,7 +5,6 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use quinn::congestion::{BbrConfig, CubicConfig};
@@ -14,7 +13,7 @@ use rustls::RootCertStore;
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use tokio::task::JoinSet;
 
-use super::meter::{Meter, Stop, Supply, payload_block};
+use super::meter::{LOOK_PERIOD, Meter, Stop, Supply, payload_block};
 use super::{Answer, Order, ends};
 use crate::netns::Side;
 
@@ -130,7 +129,7 @@ pub(super) async fn receive(
     let counting = async {
         loop {
             count_wire(&connection, meter);
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(LOOK_PERIOD).await;
         }
     };
     tokio::select! {
