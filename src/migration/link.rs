@@ -100,11 +100,6 @@ impl Link {
         self.session.set_patience(patience);
     }
 
-    /// Yields to whoever else is on the link, or takes a share of it.
-    pub(super) fn set_background(&self, background: bool) {
-        self.session.set_background(background);
-    }
-
     /// For how long the link has been down, if it is.
     pub(super) fn down_for(&self) -> Option<Duration> {
         self.session.down_for()

@@ -136,8 +136,6 @@ impl Attempt<'_> {
     /// Everything that can be undone.
     async fn work(&self) -> Result<Worked, MigrationError> {
         self.link.set_patience(self.site.link_patience);
-        // Nobody waits for a seed.
-        self.link.set_background(self.job.purpose == Purpose::Seed);
         let at_generation = self.open().await?;
         if self.job.purpose != Purpose::Seed {
             self.meter.later(self.vm.spec().memory_mib << 20);
