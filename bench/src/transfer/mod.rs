@@ -10,7 +10,7 @@
 //!     [wan]                            stdout: ready, then what it sent or received
 //! ```
 //! Each end of a flow is a process of its own, so that its CPU time can be told apart. Reading order:
-//! this file, `flow`, [`link`] (one flow at a time), [`share`] (several at once), [`rows`].
+//! this file, `flow`, [`link`] (one flow at a time), [`share`] (several at once), [`rows`], [`summary`].
 
 pub(crate) mod account;
 pub mod ends;
@@ -22,6 +22,7 @@ mod quic;
 pub mod rows;
 mod rsync;
 pub mod share;
+pub mod summary;
 mod tcp;
 
 use std::path::PathBuf;
