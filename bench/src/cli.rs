@@ -184,11 +184,11 @@ fn link_command(command: LinkCommand) -> Result<ExitCode> {
             for file in files {
                 rows.extend(row::read(&file)?);
             }
-            let summary = transfer::rows::summarise(&rows);
+            let summary = transfer::summary::summarise(&rows);
             if json {
                 println!("{}", serde_json::to_string_pretty(&summary)?);
             } else {
-                print!("{}", transfer::rows::table(&summary));
+                print!("{}", transfer::summary::table(&summary));
             }
         }
         LinkCommand::End => ends::run()?,

@@ -12,7 +12,7 @@ use super::account::{self, Bytes, Carrier};
 use super::flow::{self, Asked, Flow};
 use super::meter::now_us;
 use super::rows::{self, Cpu, Figures, LinkRow, Origin, Row};
-use super::{Bound, Engine, Received, Sent, Tool};
+use super::{Bound, Engine, Received, Sent, Tool, summary};
 use crate::interrupt;
 use crate::profile::Profile;
 use crate::relay::Stats;
@@ -99,7 +99,7 @@ pub fn run(plan: &Plan, profile: &Profile) -> Result<()> {
             rows.push(row);
         }
     }
-    print!("{}", rows::table(&rows::summarise(&rows)));
+    print!("{}", summary::table(&summary::summarise(&rows)));
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! What a transport makes of a link: transfers through a fresh WAN, ours beside its rivals'.
 //!
 //! Invariant: every tool is given the same link, the same losses for the same run, the same payload
-//! and the same count: what stands in a row is worked out in one place, [`account`], from what the
+//! and the same count: what stands in a row is worked out in one place, `account`, from what the
 //! relay saw and when the payload arrived.
 //!
 //! ```text
@@ -10,7 +10,7 @@
 //!     [wan]                            stdout: ready, then what it sent or received
 //! ```
 //! Each end of a flow is a process of its own, so that its CPU time can be told apart. Reading order:
-//! this file, [`flow`], [`link`] (one flow at a time), [`share`] (several at once), [`rows`].
+//! this file, `flow`, [`link`] (one flow at a time), [`share`] (several at once), [`rows`], [`summary`].
 
 pub(crate) mod account;
 pub mod ends;
@@ -22,6 +22,7 @@ mod quic;
 pub mod rows;
 mod rsync;
 pub mod share;
+pub mod summary;
 mod tcp;
 
 use std::path::PathBuf;

@@ -12,7 +12,7 @@ use super::account::{self, Carrier, bytes_at, of_flow};
 use super::flow::{self, Asked, Flow};
 use super::link::{bring_up, origin, possible, wan_name};
 use super::rows::{self, Row, ShareFigures, ShareFlow, ShareRow};
-use super::{Bound, Received, Sample, Sent, Tool};
+use super::{Bound, Received, Sample, Sent, Tool, summary};
 use crate::interrupt;
 use crate::profile::Profile;
 use crate::relay::Stats;
@@ -105,11 +105,11 @@ pub fn run(plan: &Plan, profile: &Profile) -> Result<()> {
             .or_else(|error| interrupt::check().and(Err(error)))
             .with_context(|| format!("in run {run}"))?;
         let row = Row::Share(Box::new(row));
-        eprint!("run {run}: {}", rows::table(&rows::summarise(std::slice::from_ref(&row))));
+        eprint!("run {run}: {}", summary::table(&summary::summarise(std::slice::from_ref(&row))));
         row::append(&plan.results, &row)?;
         rows.push(row);
     }
-    print!("{}", rows::table(&rows::summarise(&rows)));
+    print!("{}", summary::table(&summary::summarise(&rows)));
     Ok(())
 }
 
