@@ -32,6 +32,8 @@ const FLOOR_PACKETS: u64 = 16;
 const FLOOR_RATE: u64 = 125_000;
 /// What a probe of a background session sends, relative to what the path was seen to deliver.
 const UP_GAIN: f64 = 1.1;
+/// What such a probe gains at least where there is room.
+const RISE_GROWTH: f64 = 1.06;
 /// How much faster it sends from round to round when it starts: what it has sent too much by the time
 /// that it sees a queue is half a round trip's worth.
 pub(super) const STARTUP_GAIN: f64 = 1.5;
@@ -172,6 +174,16 @@ impl Bbr {
         self.background.floor = (self.max_rate() / FLOOR_DIVISOR).max(least.min(FLOOR_RATE));
         self.background.clear_since = now;
         self.state = State::Yield;
+    }
+
+    /// A probe has brought the rate from `before` to `most`. One that gains nearly all that it tried, and
+    /// makes no queue, has found room for more than a probe: a start that another's passing queue has
+    /// ended early would else be made up for in steps of a tenth.
+    pub(super) fn rise_in_the_background(&mut self, before: u64, most: u64) {
+        let gained = most as f64 >= before as f64 * RISE_GROWTH;
+        if self.background.on && gained && before > 0 && !self.is_others_queue() {
+            self.restart_from(most);
+        }
     }
 
     fn grow_again(&mut self) {

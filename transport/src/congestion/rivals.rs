@@ -87,6 +87,7 @@ impl Bbr {
     /// A probe is over and has shown `most` bytes a second: whether the next may be longer.
     pub(super) fn end_gaining(&mut self, most: u64) {
         self.rivals.longer = most as f64 >= self.rivals.before as f64 * LONGER_GROWTH;
+        self.rise_in_the_background(self.rivals.before, most);
     }
 
     /// Whether a probe that has filled what it may gains by going on.
