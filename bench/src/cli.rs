@@ -12,9 +12,11 @@ use clap::{Args, Parser, Subcommand};
 use longhaul_bench::netns::{self, Side};
 use longhaul_bench::profile::{Overrides, Profile};
 use longhaul_bench::run::{self, Plan};
-use longhaul_bench::transfer::{self, ends};
+use longhaul_bench::transfer::{self, ends, summary};
 use longhaul_bench::wan::{self, Request, Spec, lab_binary};
 use longhaul_bench::{row, speed};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// Emulated WAN, guests, rivals and measurements.
 #[derive(Debug, Parser)]
@@ -31,11 +33,8 @@ enum Area {
     Wan(WanCommand),
     /// Moves a guest under load through a WAN and writes down what it took.
     Run {
-        /// metro, continental, intercontinental, direct, or a TOML file.
-        #[arg(long)]
-        profile: String,
         #[command(flatten)]
-        overrides: Overrides,
+        over: Over,
         #[command(flatten)]
         plan: Box<Plan>,
     },
@@ -43,47 +42,27 @@ enum Area {
     #[command(subcommand)]
     Link(LinkCommand),
     /// Prints medians and ratios of result rows.
-    Compare {
-        /// Result files.
-        #[arg(required = true)]
-        files: Vec<PathBuf>,
-        /// JSON instead of a table.
-        #[arg(long)]
-        json: bool,
-    },
+    Compare(Comparison),
 }
 
 #[derive(Debug, Subcommand)]
 enum LinkCommand {
     /// Measures one tool after another, each alone on a WAN of its own, run after run.
     Run {
-        /// metro, continental, intercontinental, direct, or a TOML file.
-        #[arg(long)]
-        profile: String,
         #[command(flatten)]
-        overrides: Overrides,
+        over: Over,
         #[command(flatten)]
         plan: transfer::link::Plan,
     },
     /// Lets several flows share one WAN.
     Share {
-        /// metro, continental, intercontinental, direct, or a TOML file.
-        #[arg(long)]
-        profile: String,
         #[command(flatten)]
-        overrides: Overrides,
+        over: Over,
         #[command(flatten)]
         plan: transfer::share::Plan,
     },
     /// Prints medians of rows, and longhaul's goodput over each rival's.
-    Compare {
-        /// Result files.
-        #[arg(required = true)]
-        files: Vec<PathBuf>,
-        /// JSON instead of a table.
-        #[arg(long)]
-        json: bool,
-    },
+    Compare(Comparison),
     /// One end of a flow: takes an order from standard input.
     #[command(hide = true)]
     End,
@@ -134,15 +113,59 @@ struct Name {
     name: String,
 }
 
+/// Over what link.
 #[derive(Debug, Args)]
-struct UpArguments {
-    #[command(flatten)]
-    name: Name,
-    /// metro, continental, intercontinental, direct, or a TOML file.
+struct Over {
+    /// metro, continental, intercontinental, satellite, bursty, bufferbloat, shallow, changing,
+    /// direct, or a TOML file.
     #[arg(long)]
     profile: String,
     #[command(flatten)]
     overrides: Overrides,
+}
+
+impl Over {
+    fn profile(&self) -> Result<Profile> {
+        self.overrides.apply(Profile::find(&self.profile)?)
+    }
+}
+
+#[derive(Debug, Args)]
+struct Comparison {
+    /// Result files.
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+    /// JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Comparison {
+    fn print<T: DeserializeOwned, S: Serialize>(
+        &self,
+        summarise: impl FnOnce(&[T]) -> S,
+        table: impl FnOnce(&S) -> String,
+    ) -> Result<()> {
+        let mut rows = Vec::new();
+        for file in &self.files {
+            rows.extend(row::read(file)?);
+        }
+        let summary = summarise(&rows);
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&summary)?);
+        } else {
+            print!("{}", table(&summary));
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Args)]
+struct UpArguments {
+    #[command(flatten)]
+    name: Name,
+    #[command(flatten)]
+    over: Over,
     /// Decides losses and jitter.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -161,53 +184,23 @@ struct UpArguments {
 /// What failed, with what to do about it.
 pub(crate) fn run() -> Result<ExitCode> {
     match Cli::parse().command {
-        Area::Wan(command) => wan_command(command),
-        Area::Run { profile, overrides, plan } => {
-            run::run(&plan, &overrides.apply(Profile::find(&profile)?)?)?;
-            Ok(ExitCode::SUCCESS)
+        Area::Wan(command) => return wan_command(command),
+        Area::Run { over, plan } => run::run(&plan, &over.profile()?)?,
+        Area::Link(command) => link_command(command)?,
+        Area::Compare(comparison) => {
+            comparison.print(row::summarise, |summaries| row::table(summaries))?;
         }
-        Area::Link(command) => link_command(command),
-        Area::Compare { files, json } => compare(&files, json),
     }
+    Ok(ExitCode::SUCCESS)
 }
 
-fn link_command(command: LinkCommand) -> Result<ExitCode> {
+fn link_command(command: LinkCommand) -> Result<()> {
     match command {
-        LinkCommand::Run { profile, overrides, plan } => {
-            transfer::link::run(&plan, &overrides.apply(Profile::find(&profile)?)?)?;
-        }
-        LinkCommand::Share { profile, overrides, plan } => {
-            transfer::share::run(&plan, &overrides.apply(Profile::find(&profile)?)?)?;
-        }
-        LinkCommand::Compare { files, json } => {
-            let mut rows = Vec::new();
-            for file in files {
-                rows.extend(row::read(&file)?);
-            }
-            let summary = transfer::summary::summarise(&rows);
-            if json {
-                println!("{}", serde_json::to_string_pretty(&summary)?);
-            } else {
-                print!("{}", transfer::summary::table(&summary));
-            }
-        }
-        LinkCommand::End => ends::run()?,
+        LinkCommand::Run { over, plan } => transfer::link::run(&plan, &over.profile()?),
+        LinkCommand::Share { over, plan } => transfer::share::run(&plan, &over.profile()?),
+        LinkCommand::Compare(comparison) => comparison.print(summary::summarise, summary::table),
+        LinkCommand::End => ends::run(),
     }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn compare(files: &[PathBuf], json: bool) -> Result<ExitCode> {
-    let mut rows = Vec::new();
-    for file in files {
-        rows.extend(row::read(file)?);
-    }
-    let summaries = row::summarise(&rows);
-    if json {
-        println!("{}", serde_json::to_string_pretty(&summaries)?);
-    } else {
-        print!("{}", row::table(&summaries));
-    }
-    Ok(ExitCode::SUCCESS)
 }
 
 fn wan_command(command: WanCommand) -> Result<ExitCode> {
@@ -235,7 +228,7 @@ fn wan_command(command: WanCommand) -> Result<ExitCode> {
 }
 
 fn wan_up(arguments: UpArguments) -> Result<()> {
-    let profile = arguments.overrides.apply(Profile::find(&arguments.profile)?)?;
+    let profile = arguments.over.profile()?;
     let stats_file = arguments.stats.map(std::path::absolute).transpose()?;
     let spec = Spec { name: arguments.name.name, profile, seed: arguments.seed, stats_file };
     if arguments.foreground {

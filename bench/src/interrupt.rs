@@ -52,6 +52,16 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
+/// `result`, unless it is a failure after a signal: what failed because everything was taken down is
+/// not what went wrong.
+///
+/// # Errors
+///
+/// The result's, or that a signal came.
+pub fn or_came<T>(result: Result<T>) -> Result<T> {
+    result.or_else(|error| check().and(Err(error)))
+}
+
 /// Sleeps, but not through a signal.
 ///
 /// # Errors

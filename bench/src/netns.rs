@@ -287,6 +287,15 @@ pub fn is_possible() -> Result<()> {
     ip(&["-V"]).map(|_| ())
 }
 
+/// Whether the test of that name cannot run here; says why.
+pub fn is_skipped(test: &str) -> bool {
+    let possible = is_possible();
+    if let Err(reason) = &possible {
+        eprintln!("SKIPPED {test}: {reason:#}");
+    }
+    possible.is_err()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

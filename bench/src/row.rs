@@ -317,21 +317,24 @@ pub(crate) fn median(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::guest::{Format, Kind};
+
+    pub(crate) fn revision() -> Revision {
+        Revision { commit: "0123456789ab".to_owned(), is_dirty: false }
+    }
+
+    pub(crate) fn host() -> Host {
+        Host { cpu: "some".to_owned(), cores: 2, memory_mib: 1024, kernel: "6.1".to_owned() }
+    }
 
     fn row(tool: &str, total_s: f64, wire_bytes: u64, ok: bool) -> Row {
         Row {
             time: "2026-01-01T00:00:00Z".to_owned(),
             command: "lab run".to_owned(),
-            revision: Revision { commit: "0123456789ab".to_owned(), is_dirty: false },
-            host: Host {
-                cpu: "some".to_owned(),
-                cores: 2,
-                memory_mib: 1024,
-                kernel: "6.1".to_owned(),
-            },
+            revision: revision(),
+            host: host(),
             tool: tool.to_owned(),
             variant: String::new(),
             tool_version: String::new(),

@@ -149,9 +149,7 @@ pub fn run(plan: &Plan, profile: &Profile) -> Result<()> {
     })?;
     for run in 1..=plan.runs {
         let seed = plan.seed + u64::from(run - 1);
-        let row = one(plan, profile, &guest, &qemus, &revision, run, seed)
-            // What failed because everything was taken down is not what went wrong.
-            .or_else(|error| interrupt::check().and(Err(error)))
+        let row = interrupt::or_came(one(plan, profile, &guest, &qemus, &revision, run, seed))
             .with_context(|| format!("in run {run} of {}", plan.runs))?;
         eprintln!(
             "run {run}: {:.1} s, downtime {:.0} ms, gap {:.0} ms, {:.1} MiB on the wire, guest {}",

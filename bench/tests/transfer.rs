@@ -15,16 +15,6 @@ use longhaul_bench::wan;
 
 const MIB: u64 = 1 << 20;
 
-fn is_skipped(test: &str) -> bool {
-    match netns::is_possible() {
-        Ok(()) => false,
-        Err(reason) => {
-            eprintln!("SKIPPED {test}: {reason:#}");
-            true
-        }
-    }
-}
-
 /// Runs `lab link` over a link of 100 Mbit/s and 10 ms that loses some packets; gives its rows.
 fn measure(what: &str, arguments: &[&str]) -> Vec<Row> {
     let folder = tempfile::tempdir().unwrap();
@@ -44,7 +34,7 @@ fn measure(what: &str, arguments: &[&str]) -> Vec<Row> {
 
 #[test]
 fn every_tool_brings_its_payload_and_makes_a_row() {
-    if is_skipped("every_tool_brings_its_payload_and_makes_a_row") {
+    if netns::is_skipped("every_tool_brings_its_payload_and_makes_a_row") {
         return;
     }
     let tools = [
@@ -80,7 +70,7 @@ fn every_tool_brings_its_payload_and_makes_a_row() {
 
 #[test]
 fn a_transfer_ends_when_its_time_does() {
-    if is_skipped("a_transfer_ends_when_its_time_does") {
+    if netns::is_skipped("a_transfer_ends_when_its_time_does") {
         return;
     }
     let rows = measure("run", &["--seconds", "1", "--tools", "longhaul,tcp-cubic,quinn-cubic"]);
@@ -97,7 +87,7 @@ fn a_transfer_ends_when_its_time_does() {
 
 #[test]
 fn flows_share_a_link() {
-    if is_skipped("flows_share_a_link") {
+    if netns::is_skipped("flows_share_a_link") {
         return;
     }
     let arguments = ["--flows", "longhaul,tcp-cubic", "--seconds", "4", "--stagger", "0.5"];

@@ -16,16 +16,6 @@ fn lab() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_lab"))
 }
 
-fn is_skipped(test: &str) -> bool {
-    match netns::is_possible() {
-        Ok(()) => false,
-        Err(reason) => {
-            eprintln!("SKIPPED {test}: {reason:#}");
-            true
-        }
-    }
-}
-
 /// A WAN of 50 Mbit/s and 40 ms: slow enough for a busy machine to keep up with.
 fn spec(test: &str) -> Spec {
     let metro = Profile::named("metro").expect("the lab knows metro");
@@ -44,7 +34,7 @@ fn assert_nothing_stays(name: &str) {
 
 #[test]
 fn round_trip_and_rates_are_those_of_the_profile() {
-    if is_skipped("round_trip_and_rates_are_those_of_the_profile") {
+    if netns::is_skipped("round_trip_and_rates_are_those_of_the_profile") {
         return;
     }
     let spec = spec("rate");
@@ -81,7 +71,7 @@ fn round_trip_and_rates_are_those_of_the_profile() {
 
 #[test]
 fn a_cut_loses_everything_and_ends() {
-    if is_skipped("a_cut_loses_everything_and_ends") {
+    if netns::is_skipped("a_cut_loses_everything_and_ends") {
         return;
     }
     let spec = spec("cut");
@@ -100,7 +90,7 @@ fn a_cut_loses_everything_and_ends() {
 
 #[test]
 fn losses_are_those_of_the_seed() {
-    if is_skipped("losses_are_those_of_the_seed") {
+    if netns::is_skipped("losses_are_those_of_the_seed") {
         return;
     }
     let mut spec = spec("loss");
@@ -129,7 +119,7 @@ fn losses_are_those_of_the_seed() {
 
 #[test]
 fn what_a_killed_owner_leaves_is_removed_by_down_with_its_processes() {
-    if is_skipped("what_a_killed_owner_leaves_is_removed_by_down_with_its_processes") {
+    if netns::is_skipped("what_a_killed_owner_leaves_is_removed_by_down_with_its_processes") {
         return;
     }
     let spec = spec("kill");
@@ -149,7 +139,7 @@ fn what_a_killed_owner_leaves_is_removed_by_down_with_its_processes() {
 
 #[test]
 fn the_command_line_brings_a_wan_up_and_down() {
-    if is_skipped("the_command_line_brings_a_wan_up_and_down") {
+    if netns::is_skipped("the_command_line_brings_a_wan_up_and_down") {
         return;
     }
     let name = spec("cli").name;

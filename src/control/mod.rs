@@ -14,18 +14,20 @@
 
 mod client;
 mod failure;
+mod limits;
 mod line;
 mod message;
 
 pub use crate::migration::chain;
 pub use client::{Call, CallError, call};
 pub use failure::{Failure, FailureKind};
+pub use limits::{JobLimits, Limit, LimitChange, LimitRequest, Limits};
 pub use line::{LineError, read_line, write_line};
 pub use longhaul_transport::BitRate;
 pub use message::{
-    Adopted, Answer, Checked, Event, InDoubt, JobKind, JobLimits, JobOutcome, JobRecord,
-    JobSummary, Limit, LimitChange, LimitRequest, Limits, MoveRequest, OwnIdentity, PeerSummary,
-    Reply, Request, Response, Status, VmDetail, VmSource, VmSummary,
+    Adopted, Answer, Checked, Event, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary,
+    MoveRequest, OwnIdentity, PeerSummary, Reply, Request, Response, Status, VmDetail, VmSource,
+    VmSummary,
 };
 
 /// Version of this language; raised when an old command or agent would misread the new one.

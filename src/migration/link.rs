@@ -24,8 +24,8 @@ const WANTS_MAX: usize = 256;
 const MIN_RTT_S: f64 = 0.001;
 /// The share of what a path delivers that is payload: the rest is headers, seals and repetitions.
 const PAYLOAD_SHARE: f64 = 0.95;
-/// Where nobody has a model of the path: the share of window / round trip that arrives: the window has room for a probe, and packets for
-/// overhead.
+/// Where nobody has a model of the path: the share of window / round trip that arrives. The window has
+/// room for a probe, and packets for overhead.
 const CARRIED_SHARE: f64 = 0.8;
 
 /// How the link stands.

@@ -11,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 use quinn::{Connection, ReadError, RecvStream, SendStream};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 
 use crate::frame::{
     CONTROL_END, FrameError, LENGTH_PREFIX, control_length, decode_control, encode_control,
@@ -20,6 +20,7 @@ use crate::frame::{
 use crate::kept::Kept;
 use crate::link::Link;
 use crate::session::{RecvError, SendError, SessionInner};
+use crate::watched::Watched;
 
 /// Bytes of messages that the peer is not known to have; senders wait when there are more.
 const KEPT_BYTES: usize = 4 * 1024 * 1024;
@@ -47,9 +48,8 @@ struct Out {
 /// The messages of a session, whatever connection carries them.
 #[derive(Debug)]
 pub(crate) struct Messages {
-    out: Mutex<Out>,
-    /// Something is to be written, or there is room, or the peer has counted.
-    changed: Notify,
+    /// Waited for until something is to be written, or there is room, or the peer has counted.
+    out: Watched<Out>,
     received: AtomicU64,
     /// Gone once nothing more can come.
     incoming: Mutex<Option<mpsc::Sender<Incoming>>>,
@@ -61,16 +61,11 @@ impl Messages {
         let (incoming, waiting) = mpsc::channel(WAITING);
         let out = Out { kept: Kept::new("control messages"), bytes: 0, finished: false };
         let messages = Self {
-            out: Mutex::new(out),
-            changed: Notify::new(),
+            out: Watched::new(out),
             received: AtomicU64::new(0),
             incoming: Mutex::new(Some(incoming)),
         };
         (messages, waiting)
-    }
-
-    fn out(&self) -> MutexGuard<'_, Out> {
-        self.out.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Messages that have arrived.
@@ -80,31 +75,17 @@ impl Messages {
 
     /// The peer has `count` messages.
     pub(crate) fn seen(&self, count: u64) -> Result<(), FrameError> {
-        {
-            let mut out = self.out();
+        self.out.change(|out| {
             let bytes: usize = out.kept.let_go(count)?.map(|frame| frame.len()).sum();
             out.bytes -= bytes;
-        }
-        self.changed.notify_waiters();
-        Ok(())
-    }
-
-    /// Waits until `ready` makes something of what is kept.
-    async fn until<T>(&self, mut ready: impl FnMut(&mut Out) -> Option<T>) -> T {
-        loop {
-            // Registered before the question is asked, so that no change falls in between.
-            let mut changed = std::pin::pin!(self.changed.notified());
-            changed.as_mut().enable();
-            if let Some(result) = ready(&mut self.out()) {
-                return result;
-            }
-            changed.await;
-        }
+            Ok(())
+        })
     }
 
     /// Adds a frame once there is room; its count, or `None` if the end was sent.
     async fn push(&self, frame: Bytes, is_end: bool) -> Option<u64> {
         let count = self
+            .out
             .until(|out| {
                 if out.finished {
                     return Some(None);
@@ -117,14 +98,14 @@ impl Messages {
                 })
             })
             .await;
-        self.changed.notify_waiters();
+        self.out.wake();
         count
     }
 
     /// Writes to a connection what its peer does not have, from message `next` on, until it is lost.
     pub(crate) async fn write(&self, stream: &mut SendStream, mut next: u64) {
         loop {
-            let frame = self.until(|out| out.kept.get(next).cloned()).await;
+            let frame = self.out.until(|out| out.kept.get(next).cloned()).await;
             if stream.write_chunk(frame).await.is_err() {
                 return;
             }
@@ -242,7 +223,7 @@ impl ControlSender {
         let messages = &self.0.link.messages;
         tokio::select! {
             biased;
-            () = messages.until(|out| (out.kept.seen() >= count).then_some(())) => Ok(()),
+            () = messages.out.until(|out| (out.kept.seen() >= count).then_some(())) => Ok(()),
             reason = self.0.link.ended() => Err(SendError::Closed(reason)),
         }
     }

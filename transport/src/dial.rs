@@ -35,7 +35,7 @@ pub(crate) struct Dial {
 impl Dial {
     /// The greeting of this session.
     pub(crate) fn hello(&self, goes_on: Option<Seen>) -> Hello {
-        Hello { session: self.session, goes_on, ..self.shared.hello.clone() }
+        self.shared.hello_of(self.session, goes_on)
     }
 
     /// What to tell of a try that failed.

@@ -15,7 +15,7 @@ use crate::close::CloseCode;
 use crate::dial::Dial;
 use crate::errors::{BindError, ConnectError};
 use crate::fingerprint::Fingerprint;
-use crate::frame::{Hello, PROTOCOL_VERSION, SessionId};
+use crate::frame::{Hello, PROTOCOL_VERSION, Seen, SessionId};
 use crate::greeting::{self, GreetingError};
 use crate::identity::Identity;
 use crate::keeper::{Arrival, Registry, Role};
@@ -252,6 +252,11 @@ impl Endpoint {
 }
 
 impl Shared {
+    /// The greeting of a session.
+    pub(crate) fn hello_of(&self, session: SessionId, goes_on: Option<Seen>) -> Hello {
+        Hello { session, goes_on, ..self.hello.clone() }
+    }
+
     /// Makes a session of a connection whose greeting is done.
     fn session(
         &self,
@@ -362,11 +367,10 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
         }
     };
     let (mut send, recv, theirs) = heard;
+    let answer = shared.hello_of(theirs.session, None);
+    let made = (connection.clone(), place);
     if let Some(seen) = theirs.goes_on {
-        let answer = Hello { session: theirs.session, ..shared.hello.clone() };
-        let control = (send, recv);
-        let made = (connection.clone(), place);
-        let arrival = Arrival { made, control, seen, answer };
+        let arrival = Arrival { made, control: (send, recv), seen, answer };
         let known = shared.registry.find(fingerprint, theirs.session);
         if known.is_none_or(|session| session.try_send(arrival).is_err()) {
             connection.close(CloseCode::Forgotten.value(), b"this agent has no such session");
@@ -378,8 +382,7 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
         connection.close(CloseCode::Busy.value(), b"you have too many sessions here");
         return;
     };
-    let hello = Hello { session: theirs.session, ..shared.hello.clone() };
-    if let Err(error) = greeting::answer(&mut send, &hello).await {
+    if let Err(error) = greeting::answer(&mut send, &answer).await {
         tracing::debug!(%fingerprint, %peer, ?error, "a paired agent left over the greeting");
         return;
     }
@@ -389,7 +392,6 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
         return;
     };
     let role = Role::Listener(registered);
-    let made = (connection, place);
     room.send(shared.session(made, fingerprint, &theirs, (send, recv), role));
 }
 

@@ -9,13 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use quinn::{Connection, ReadError, ReadExactError, RecvStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::class::Class;
 use crate::frame::{BATCH_HEAD, BatchHead, FrameError};
 use crate::link::Link;
 use crate::tuning::MAX_UNI_STREAMS;
+use crate::watched::Watched;
 
 /// Memory for batches of bulk classes that are being received or wait for [`recv_batch`].
 ///
@@ -55,10 +56,9 @@ struct Part {
 /// Complete batches that nobody has taken yet, and parts of others.
 #[derive(Debug)]
 pub(crate) struct Inbox {
-    queues: Mutex<Queues>,
+    queues: Watched<Queues>,
     /// Parts that a lost connection has left, by number.
     parts: Mutex<HashMap<u64, Part>>,
-    changed: Notify,
     bulk: Arc<Semaphore>,
     urgent: Arc<Semaphore>,
 }
@@ -66,35 +66,24 @@ pub(crate) struct Inbox {
 impl Inbox {
     pub(crate) fn new() -> Self {
         Self {
-            queues: Mutex::default(),
+            queues: Watched::default(),
             parts: Mutex::default(),
-            changed: Notify::new(),
             bulk: Arc::new(Semaphore::new(INBOUND_BULK_BYTES / GRAIN)),
             urgent: Arc::new(Semaphore::new(INBOUND_URGENT_BYTES / GRAIN)),
         }
     }
 
-    fn queues(&self) -> MutexGuard<'_, Queues> {
-        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The most urgent complete batch; `None` once the connection ended and all were taken.
     pub(crate) async fn next(&self) -> Option<Batch> {
-        loop {
-            let mut changed = std::pin::pin!(self.changed.notified());
-            changed.as_mut().enable();
-            {
-                let mut queues = self.queues();
+        self.queues
+            .until(|queues| {
                 let most_urgent = queues.arrived.iter_mut().rev().find_map(VecDeque::pop_front);
-                if let Some((batch, _room)) = most_urgent {
-                    return Some(batch);
+                match most_urgent {
+                    Some((batch, _room)) => Some(Some(batch)),
+                    None => queues.ended.then_some(None),
                 }
-                if queues.ended {
-                    return None;
-                }
-            }
-            changed.await;
-        }
+            })
+            .await
     }
 
     /// Bytes that bulk may still take.
@@ -104,8 +93,9 @@ impl Inbox {
     }
 
     fn push(&self, batch: Batch, room: OwnedSemaphorePermit) {
-        self.queues().arrived[batch.class.index()].push_back((batch, room));
-        self.changed.notify_waiters();
+        self.queues.change(|queues| {
+            queues.arrived[batch.class.index()].push_back((batch, room));
+        });
     }
 
     /// Nothing more will come: readers end behind what is here.
@@ -113,8 +103,7 @@ impl Inbox {
         self.bulk.close();
         self.urgent.close();
         self.parts().clear();
-        self.queues().ended = true;
-        self.changed.notify_waiters();
+        self.queues.change(|queues| queues.ended = true);
     }
 
     fn parts(&self) -> MutexGuard<'_, HashMap<u64, Part>> {

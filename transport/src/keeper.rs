@@ -148,7 +148,7 @@ struct Work {
     batches: JoinHandle<()>,
     receipts: JoinHandle<()>,
     messages: JoinHandle<()>,
-    writers: [AbortHandle; 2],
+    writing: AbortHandle,
 }
 
 impl Work {
@@ -164,36 +164,30 @@ impl Work {
             let link = link.clone();
             async move { link.messages.write(&mut send, goes_on.unwrap_or(0)).await }
         });
-        let (hand, handed) = tokio::sync::oneshot::channel();
-        let acknowledging = tokio::spawn({
-            let link = link.clone();
-            async move {
-                if let Ok(stream) = handed.await {
-                    writer.run(&link, stream).await;
-                }
-            }
-        });
         let receipts = tokio::spawn({
             let link = link.clone();
             async move {
-                if let Ok((send, recv)) = receipts::open(&line.connection, is_dialer).await {
-                    // Nobody writes once the connection was left.
-                    let _ = hand.send(send);
-                    receipts::read(&link, &line, recv, goes_on.is_some()).await;
+                let opened = receipts::open(&line.connection, is_dialer).await;
+                let Ok((send, recv)) = opened else { return };
+                // Ends with the reader, which takes in all that has come.
+                tokio::select! {
+                    biased;
+                    () = receipts::read(&link, &line, recv, goes_on.is_some()) => {}
+                    never = writer.run(&link, send) => match never {},
                 }
             }
         });
-        let writers = [writing.abort_handle(), acknowledging.abort_handle()];
-        Self { batches, receipts, messages, writers }
+        Self { batches, receipts, messages, writing: writing.abort_handle() }
     }
 
     /// Ends what runs on a connection that is closed, with all that it has brought taken in, except
-    /// messages for which there is no room.
-    async fn stop(&mut self) {
-        self.writers.iter().for_each(AbortHandle::abort);
+    /// messages for which there is no room: returns what still takes them.
+    async fn stop(self) -> JoinHandle<()> {
+        self.writing.abort();
         // Each ends by itself: its connection is gone.
-        let _ = (&mut self.batches).await;
-        let _ = (&mut self.receipts).await;
+        let _ = self.batches.await;
+        let _ = self.receipts.await;
+        self.messages
     }
 }
 
@@ -204,37 +198,29 @@ pub(crate) async fn keep(link: Arc<Link>, mut role: Role, first: Streams) {
         let line = streams.line.clone();
         let goes_on = streams.goes_on.is_some();
         let is_dialer = matches!(role, Role::Dialer(_));
-        let mut work = Work::begin(&link, streams, is_dialer);
+        let work = Work::begin(&link, streams, is_dialer);
         let left = role.watch(&link, &line, goes_on).await;
         link.part(&line.connection);
         leave(&line.connection);
-        work.stop().await;
+        let messages = work.stop().await;
         let candidate = match left {
             Left::Ended => None,
             Left::Lost(error) => role.find_another(&link, &error).await,
             Left::For(candidate) => Some(candidate),
         };
-        let next = match candidate {
-            Some(candidate) => {
-                work.messages.abort();
-                let _ = (&mut work.messages).await;
-                role.take_on(&link, candidate).await
-            }
-            None => None,
+        let Some(candidate) = candidate else {
+            link.inbox.end();
+            // Ends when all that came has found room.
+            let _ = messages.await;
+            break;
         };
-        match next {
-            Some(next) => streams = next,
-            None => {
-                link.inbox.end();
-                if !work.messages.is_finished() {
-                    // Ends when all that came has found room.
-                    let _ = work.messages.await;
-                }
-                link.messages.end();
-                return;
-            }
-        }
+        messages.abort();
+        let _ = messages.await;
+        let Some(next) = role.take_on(&link, candidate).await else { break };
+        streams = next;
     }
+    link.inbox.end();
+    link.messages.end();
 }
 
 impl Role {

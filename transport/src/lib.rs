@@ -29,6 +29,7 @@ mod stats;
 mod tls;
 mod trust;
 mod tuning;
+mod watched;
 
 pub use bit_rate::{BitRate, ParseBitRateError};
 pub use class::Class;

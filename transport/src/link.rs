@@ -3,12 +3,10 @@
 //! Invariant: a session ends once and for one reason; until then it has a connection, or waits for
 //! the next one. Everything here outlives a connection.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::Connection;
-use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use crate::close::{CloseCode, CloseReason, short};
@@ -20,6 +18,7 @@ use crate::pace::{Pacing, Place};
 use crate::rate::{JobRate, RateLimiter};
 use crate::receipts::Receipts;
 use crate::stats::{Counters, PathStats, Totals};
+use crate::watched::Watched;
 
 /// One connection of a session.
 #[derive(Debug)]
@@ -63,6 +62,10 @@ struct State {
     patience: [Duration; 2],
     /// What the connections before this one have cost.
     past: Totals,
+    /// The caps under which is sent.
+    rate: JobRate,
+    /// Whether what is sent yields to others.
+    background: bool,
 }
 
 impl State {
@@ -81,9 +84,7 @@ impl State {
 
 #[derive(Debug)]
 pub(crate) struct Link {
-    state: Mutex<State>,
-    /// Wakes in the order of waiting, so that what a lost connection interrupted goes on in order.
-    changed: Notify,
+    state: Watched<State>,
     pub(crate) messages: Messages,
     pub(crate) receipts: Receipts,
     pub(crate) inbox: Inbox,
@@ -91,75 +92,58 @@ pub(crate) struct Link {
     pub(crate) counters: Counters,
     /// Send and receive window of a connection.
     pub(crate) connection_window: u64,
-    rate: Mutex<JobRate>,
-    /// Whether what is sent yields to others.
-    background: AtomicBool,
 }
 
 impl Link {
     pub(crate) fn new(line: Arc<Line>, messages: Messages, connection_window: u64) -> Self {
-        let patience = [Duration::ZERO; 2];
-        let (standing, past) = (Standing::Up, Totals::default());
-        let state = State { line, standing, silent: None, patience, past };
+        let state = State {
+            line,
+            standing: Standing::Up,
+            silent: None,
+            patience: [Duration::ZERO; 2],
+            past: Totals::default(),
+            rate: RateLimiter::new().job(),
+            background: false,
+        };
         Self {
-            state: Mutex::new(state),
-            changed: Notify::new(),
+            state: Watched::new(state),
             messages,
             receipts: Receipts::new(),
             inbox: Inbox::new(),
             outbox: Outbox::new(),
             counters: Counters::default(),
             connection_window,
-            rate: Mutex::new(RateLimiter::new().job()),
-            background: AtomicBool::new(false),
-        }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until `ready` makes something of the state.
-    async fn until<T>(&self, mut ready: impl FnMut(&State) -> Option<T>) -> T {
-        loop {
-            // Registered before the question is asked, so that no change falls in between.
-            let mut changed = std::pin::pin!(self.changed.notified());
-            changed.as_mut().enable();
-            if let Some(result) = ready(&self.state()) {
-                return result;
-            }
-            changed.await;
         }
     }
 
     /// The newest connection, whether it still lives or not.
     pub(crate) fn line(&self) -> Arc<Line> {
-        self.state().line.clone()
+        self.state.lock().line.clone()
     }
 
     /// A connection that works, other than the one of number `tried`.
     pub(crate) async fn line_after(&self, tried: Option<u64>) -> Result<Arc<Line>, CloseReason> {
-        self.until(|state| match &state.standing {
+        let line = |state: &mut State| match &state.standing {
             Standing::Up if Some(state.line.number) != tried => Some(Ok(state.line.clone())),
             Standing::Up | Standing::Down(_) => None,
             Standing::Ended(reason, _) => Some(Err(reason.clone())),
-        })
-        .await
+        };
+        self.state.until(line).await
     }
 
     /// Why the session has ended, once it has.
     pub(crate) async fn ended(&self) -> CloseReason {
-        self.until(State::end_reason).await
+        self.state.until(|state| state.end_reason()).await
     }
 
     /// Why the session has ended, if it has.
     pub(crate) fn end_reason(&self) -> Option<CloseReason> {
-        self.state().end_reason()
+        self.state.lock().end_reason()
     }
 
     /// For how long the link has been silent, or there has been no connection.
     pub(crate) fn down_for(&self) -> Option<Duration> {
-        let state = self.state();
+        let state = self.state.lock();
         match state.standing {
             Standing::Down(since) => Some(since.elapsed()),
             Standing::Up => Some(state.silent?.elapsed()),
@@ -174,40 +158,30 @@ impl Link {
 
     /// True while `line` is the one that carries the session.
     pub(crate) fn is_up_on(&self, line: &Line) -> bool {
-        let state = self.state();
+        let state = self.state.lock();
         matches!(state.standing, Standing::Up) && state.line.number == line.number
     }
 
     /// Changes how an open session stands.
     fn stand(&self, change: impl FnOnce(&mut State)) {
-        {
-            let mut state = self.state();
-            if state.end_reason().is_some() {
-                return;
+        self.state.change(|state| {
+            if state.end_reason().is_none() {
+                change(state);
             }
-            change(&mut state);
-        }
-        self.changed.notify_waiters();
+        });
     }
 
     /// The session goes on over `line`.
     pub(crate) fn up(&self, line: &Arc<Line>) {
-        self.set_manners(line);
         self.stand(|state| {
+            line.pacing.set_rate(state.rate.clone());
+            line.pacing.set_background(state.background);
             state.past.add(&state.line.connection);
             state.past.connections += 1;
             state.line = line.clone();
             state.standing = Standing::Up;
             state.silent = None;
         });
-        // Again: what was set meanwhile has found the old line.
-        self.set_manners(line);
-    }
-
-    /// Puts `line` under the session's caps, in the background if it is there.
-    fn set_manners(&self, line: &Line) {
-        line.pacing.set_rate(self.rate());
-        line.pacing.set_background(self.background.load(Ordering::Relaxed));
     }
 
     /// There is no connection, until another one takes the session on.
@@ -241,7 +215,7 @@ impl Link {
 
     /// Closes a connection of a session that has ended, with the words that it ended with.
     pub(crate) fn part(&self, connection: &Connection) {
-        if let Standing::Ended(reason, code) = &self.state().standing {
+        if let Standing::Ended(reason, code) = &self.state.lock().standing {
             let said = match reason {
                 CloseReason::Local { reason } => reason.clone(),
                 CloseReason::Violation { detail } => detail.clone(),
@@ -253,12 +227,12 @@ impl Link {
 
     /// How long the session may be without a connection: as long as both ends would.
     pub(crate) fn patience(&self) -> Duration {
-        self.state().patience()
+        self.state.lock().patience()
     }
 
     /// How long this end would be without a connection, as it is told to the peer.
     pub(crate) fn own_patience_ms(&self) -> u64 {
-        u64::try_from(self.state().patience[0].as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(self.state.lock().patience[0].as_millis()).unwrap_or(u64::MAX)
     }
 
     pub(crate) fn set_patience(&self, patience: Duration) {
@@ -267,6 +241,10 @@ impl Link {
     }
 
     pub(crate) fn set_peer_patience(&self, patience: Duration) {
+        // It is told again and again, and rarely something new.
+        if self.state.lock().patience[1] == patience {
+            return;
+        }
         self.stand(|state| state.patience[1] = patience);
     }
 
@@ -278,7 +256,7 @@ impl Link {
             tokio::select! {
                 biased;
                 () = sleep_until(since + patience.max(least)) => return,
-                () = self.until(|state| (state.patience() != patience).then_some(())) => {}
+                () = self.state.until(|state| (state.patience() != patience).then_some(())) => {}
             }
         }
     }
@@ -289,21 +267,23 @@ impl Link {
     }
 
     pub(crate) fn rate(&self) -> JobRate {
-        self.rate.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(crate) fn set_background(&self, background: bool) {
-        self.background.store(background, Ordering::Relaxed);
-        self.line().pacing.set_background(background);
+        self.state.lock().rate.clone()
     }
 
     pub(crate) fn set_rate(&self, rate: JobRate) {
-        *self.rate.lock().unwrap_or_else(PoisonError::into_inner) = rate.clone();
-        self.line().pacing.set_rate(rate);
+        let mut state = self.state.lock();
+        state.line.pacing.set_rate(rate.clone());
+        state.rate = rate;
+    }
+
+    pub(crate) fn set_background(&self, background: bool) {
+        let mut state = self.state.lock();
+        state.line.pacing.set_background(background);
+        state.background = background;
     }
 
     pub(crate) fn stats(&self) -> PathStats {
-        let state = self.state();
+        let state = self.state.lock();
         self.counters.snapshot(state.past, &state.line)
     }
 }

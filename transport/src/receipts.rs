@@ -8,6 +8,7 @@
 //! does not have, and then says which parts of batches it holds ([`Receipt::Parts`]): what follows is
 //! sent again from there.
 
+use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -113,22 +114,23 @@ impl Receipts {
 pub(crate) struct Writer(mpsc::UnboundedReceiver<Receipt>);
 
 impl Writer {
-    /// Writes receipts until the connection is lost.
-    pub(crate) async fn run(mut self, link: &Link, mut stream: SendStream) {
+    /// Writes receipts for as long as it is polled, also when the connection is lost: who reads from it
+    /// notices that.
+    pub(crate) async fn run(mut self, link: &Link, mut stream: SendStream) -> Infallible {
         let mut receipts = Vec::new();
         // At once, so that the peer sees the stream.
         link.receipts.tell();
         loop {
             tokio::select! {
                 biased;
-                count = self.0.recv_many(&mut receipts, AT_ONCE) => if count == 0 { return },
+                1.. = self.0.recv_many(&mut receipts, AT_ONCE) => {}
                 () = link.receipts.due.notified() => {
                     receipts.push(Receipt::Seen(link.seen(), link.own_patience_ms()));
                 }
             }
             let bytes: Vec<u8> = receipts.drain(..).flat_map(|one| one.encode()).collect();
             if stream.write_all(&bytes).await.is_err() {
-                return;
+                return std::future::pending().await;
             }
         }
     }

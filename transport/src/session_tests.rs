@@ -9,8 +9,8 @@ use crate::{Endpoint, Identity, RecvError, TrustedPeers, Tuning, greeting};
 
 use super::*;
 
-/// Two ends of one session and the endpoints that keep them.
-async fn session() -> (Session, Session, [Endpoint; 2]) {
+/// Two endpoints of one identity, which they trust.
+fn ends() -> (Fingerprint, [Endpoint; 2]) {
     let home = tempfile::tempdir().unwrap();
     let identity = Identity::load_or_create(home.path()).unwrap();
     let trust = Arc::new(TrustedPeers::new([identity.fingerprint()]));
@@ -18,11 +18,13 @@ async fn session() -> (Session, Session, [Endpoint; 2]) {
         let addr = "127.0.0.1:0".parse().unwrap();
         Endpoint::bind(addr, &identity, trust.clone(), Tuning::default()).unwrap()
     };
-    let ends = [open(), open()];
-    let (from, to) = tokio::join!(
-        ends[0].connect(ends[1].local_addr(), identity.fingerprint()),
-        ends[1].accept()
-    );
+    (identity.fingerprint(), [open(), open()])
+}
+
+/// Two ends of one session and the endpoints that keep them.
+async fn session() -> (Session, Session, [Endpoint; 2]) {
+    let (key, ends) = ends();
+    let (from, to) = tokio::join!(ends[0].connect(ends[1].local_addr(), key), ends[1].accept());
     (from.unwrap(), to.unwrap(), ends)
 }
 
@@ -33,26 +35,19 @@ struct Raw {
     _recv: RecvStream,
     /// The other end.
     to: Session,
-    _ends: [Endpoint; 2],
+    ends: [Endpoint; 2],
 }
 
 async fn raw() -> Raw {
-    let home = tempfile::tempdir().unwrap();
-    let identity = Identity::load_or_create(home.path()).unwrap();
-    let trust = Arc::new(TrustedPeers::new([identity.fingerprint()]));
-    let open = || {
-        let addr = "127.0.0.1:0".parse().unwrap();
-        Endpoint::bind(addr, &identity, trust.clone(), Tuning::default()).unwrap()
-    };
-    let ends = [open(), open()];
+    let (key, ends) = ends();
     let dialing = async {
-        let dial = ends[0].dial(ends[1].local_addr(), identity.fingerprint());
+        let dial = ends[0].dial(ends[1].local_addr(), key);
         let (connection, _place) = dial.first().await.unwrap();
         let (send, recv, _) = greeting::connect(&connection, &dial.hello(None)).await.unwrap();
         (connection, send, recv)
     };
     let ((connection, control, _recv), to) = tokio::join!(dialing, ends[1].accept());
-    Raw { connection, control, _recv, to: to.unwrap(), _ends: ends }
+    Raw { connection, control, _recv, to: to.unwrap(), ends }
 }
 
 /// Sends `bytes` as a batch stream and expects the receiver to end the session with `expected`.
@@ -154,7 +149,7 @@ async fn counts_that_cannot_be_are_refused() {
 #[tokio::test]
 async fn a_session_that_nobody_knows_is_not_taken_on() {
     let raw = raw().await;
-    let dial = raw._ends[0].dial(raw._ends[1].local_addr(), raw.to.peer());
+    let dial = raw.ends[0].dial(raw.ends[1].local_addr(), raw.to.peer());
     let (connection, _place) = dial.first().await.unwrap();
     let greeted = greeting::connect(&connection, &dial.hello(Some(Seen::default()))).await;
     assert!(greeted.is_err());
@@ -190,25 +185,24 @@ async fn announcements_cost_no_more_than_the_budget() {
 
 #[tokio::test]
 async fn a_peer_has_so_many_sessions_and_no_more() {
-    let (from, to, ends) = session().await;
-    let mut sessions = vec![(from, to)];
-    let connect = || ends[0].connect(ends[1].local_addr(), sessions[0].0.peer());
-    let mut more = Vec::new();
-    for _ in 1..crate::MAX_SESSIONS_OF_A_PEER {
+    let (key, ends) = ends();
+    let connect = || ends[0].connect(ends[1].local_addr(), key);
+    let mut sessions = Vec::new();
+    for _ in 0..crate::MAX_SESSIONS_OF_A_PEER {
         let (from, to) = tokio::join!(connect(), ends[1].accept());
-        more.push((from.unwrap(), to.unwrap()));
+        sessions.push((from.unwrap(), to.unwrap()));
     }
     assert!(matches!(connect().await, Err(crate::ConnectError::Busy { .. })));
-    let (from, mut to) = more.pop().unwrap();
+    let (from, to) = sessions.pop().unwrap();
     from.close("done");
     to.closed().await;
+    // Its place is free once nothing of it runs any more.
     while Arc::strong_count(&to.0.link) > 1 {
         tokio::task::yield_now().await;
     }
     let (again, accepted) = tokio::join!(connect(), ends[1].accept());
-    (_, to) = (again.unwrap(), accepted.unwrap());
-    drop(to);
-    sessions.extend(more);
+    again.unwrap();
+    accepted.unwrap();
 }
 
 #[tokio::test]

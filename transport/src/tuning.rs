@@ -129,22 +129,19 @@ impl Tuning {
     /// The QUIC settings for a session that goes on where a path was seen to deliver `bandwidth` bytes
     /// a second (0: not known) in a round trip of `rtt`.
     pub(crate) fn transport_after(&self, bandwidth: u64, rtt: Duration) -> TransportConfig {
-        let mut config = self.transport();
-        if bandwidth > 0 {
-            config.initial_rtt(rtt);
-            if self.congestion == Congestion::PathModel {
-                let initial_window = (carried(bandwidth, rtt) / HINT_DIVISOR)
-                    .clamp(INITIAL_WINDOW, CONNECTION_WINDOW_MAX);
-                config.congestion_controller_factory(Arc::new(PathControllerConfig {
-                    initial_window,
-                }));
-            }
+        match bandwidth {
+            0 => self.transport(),
+            _ => self.settings(Some(carried(bandwidth, rtt)), Some(rtt)),
         }
-        config
     }
 
     /// The QUIC settings.
     pub(crate) fn transport(&self) -> TransportConfig {
+        self.settings(self.hinted_bdp(), self.rtt_hint)
+    }
+
+    /// The QUIC settings for a path that is thought to hold `bdp` bytes.
+    fn settings(&self, bdp: Option<u64>, rtt: Option<Duration>) -> TransportConfig {
         let window = self.connection_window();
         let max_payload = self.payload_limit();
         let min_payload = self.min_payload.clamp(MIN_PAYLOAD, max_payload);
@@ -166,14 +163,14 @@ impl Tuning {
             .datagram_receive_buffer_size(None)
             .keep_alive_interval(Some(KEEP_ALIVE))
             .max_idle_timeout(Some(idle))
-            .initial_rtt(self.rtt_hint.unwrap_or(INITIAL_RTT))
+            .initial_rtt(rtt.unwrap_or(INITIAL_RTT))
             .initial_mtu(min_payload)
             .min_mtu(min_payload)
             .mtu_discovery_config(Some(discovery));
         match self.congestion {
             Congestion::PathModel => {
-                let hinted = self.hinted_bdp().map_or(0, |bdp| bdp / HINT_DIVISOR);
-                let initial_window = hinted.clamp(INITIAL_WINDOW, CONNECTION_WINDOW_MAX);
+                let first = bdp.map_or(0, |bdp| bdp / HINT_DIVISOR);
+                let initial_window = first.clamp(INITIAL_WINDOW, CONNECTION_WINDOW_MAX);
                 config.congestion_controller_factory(Arc::new(PathControllerConfig {
                     initial_window,
                 }));

@@ -56,8 +56,15 @@ impl Plan {
 }
 
 /// A WAN for each process that measures.
-pub(super) fn wan_name() -> String {
+fn wan_name() -> String {
     format!("link-{}", std::process::id())
+}
+
+/// Takes that WAN down when a signal comes: with it everything in its namespaces ends.
+pub(super) fn take_down_on_signal() -> Result<()> {
+    interrupt::notice(|| {
+        let _ = wan::down(&wan_name());
+    })
 }
 
 /// The tools of these that can run here, each once named with why it cannot.
@@ -82,16 +89,11 @@ pub fn run(plan: &Plan, profile: &Profile) -> Result<()> {
     let tools = possible(&plan.tools);
     ensure!(!tools.is_empty(), "there is no tool to measure");
     let revision = Revision::current()?;
-    interrupt::notice(|| {
-        // With the WAN everything in its namespaces ends.
-        let _ = wan::down(&wan_name());
-    })?;
+    take_down_on_signal()?;
     let mut rows = Vec::new();
     for run in 1..=plan.runs {
         for &tool in &tools {
-            let row = one(plan, profile, &revision, run, tool)
-                // What failed because everything was taken down is not what went wrong.
-                .or_else(|error| interrupt::check().and(Err(error)))
+            let row = interrupt::or_came(one(plan, profile, &revision, run, tool))
                 .with_context(|| format!("in run {run} of {}", tool.name()))?;
             eprintln!("run {run}: {}", said(&row));
             let row = Row::Link(Box::new(row));

@@ -204,13 +204,8 @@ pub(super) mod tests {
         Origin {
             time: "2026-01-01T00:00:00Z".to_owned(),
             command: "lab link run".to_owned(),
-            revision: Revision { commit: "0123456789ab".to_owned(), is_dirty: false },
-            host: Host {
-                cpu: "some".to_owned(),
-                cores: 2,
-                memory_mib: 1024,
-                kernel: "6.1".to_owned(),
-            },
+            revision: row::tests::revision(),
+            host: row::tests::host(),
             profile: Profile::named("metro").unwrap(),
             seed: 1,
             run: 1,

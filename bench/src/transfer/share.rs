@@ -10,14 +10,14 @@ use anyhow::{Context, Result, ensure};
 
 use super::account::{self, Carrier, bytes_at, of_flow};
 use super::flow::{self, Asked, Flow};
-use super::link::{bring_up, origin, possible, wan_name};
+use super::link::{bring_up, origin, possible, take_down_on_signal};
 use super::rows::{self, Row, ShareFigures, ShareFlow, ShareRow};
 use super::{Bound, Received, Sample, Sent, Tool, summary};
 use crate::interrupt;
 use crate::profile::Profile;
 use crate::relay::Stats;
 use crate::row::{self, Revision};
-use crate::wan::{self, Wan};
+use crate::wan::Wan;
 
 /// What is measured.
 #[derive(Debug, Clone, clap::Args)]
@@ -96,13 +96,10 @@ pub fn run(plan: &Plan, profile: &Profile) -> Result<()> {
     ensure!(daemons <= 1, "one of the flows may be rsync, not {daemons}");
     let (times, window) = plan.times()?;
     let revision = Revision::current()?;
-    interrupt::notice(|| {
-        let _ = wan::down(&wan_name());
-    })?;
+    take_down_on_signal()?;
     let mut rows = Vec::new();
     for run in 1..=plan.runs {
-        let row = one(plan, profile, &times, window, &revision, run)
-            .or_else(|error| interrupt::check().and(Err(error)))
+        let row = interrupt::or_came(one(plan, profile, &times, window, &revision, run))
             .with_context(|| format!("in run {run}"))?;
         let row = Row::Share(Box::new(row));
         eprint!("run {run}: {}", summary::table(&summary::summarise(std::slice::from_ref(&row))));

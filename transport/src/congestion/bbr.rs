@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use super::background::{self, Background};
 use super::cycle::{Cycle, Phase};
 use super::delivery::{Delivery, Flight, Sample};
+use super::full_pipe::FullPipe;
 use super::rivals::Rivals;
 use super::round_trip::{MIN_RTT_SHARE, STARTUP_QUEUE_SHARE};
 
@@ -29,9 +30,6 @@ const STARTUP_WINDOW_GAIN: f64 = 2.0;
 const DRAIN_PACING_GAIN: f64 = 0.5;
 /// Share of the bandwidth that is left to small errors of the estimate, so that no queue stays.
 const PACING_MARGIN: f64 = 0.01;
-/// Rounds without growth after which the pipe is full.
-const FULL_ROUNDS: u32 = 3;
-const FULL_GROWTH: f64 = 1.25;
 /// Timers and batches of packets: what may be in flight beyond the model's BDP.
 const QUANTUM_TIME: Duration = Duration::from_millis(2);
 /// Rounds whose extra acknowledgements are forgotten together.
@@ -61,15 +59,6 @@ pub(super) enum State {
     Yield,
 }
 
-/// Whether the delivery rate still grows.
-#[derive(Debug, Clone, Copy, Default)]
-struct FullPipe {
-    rate: u64,
-    rounds: u32,
-    now: bool,
-    reached: bool,
-}
-
 /// The model and what it wants. Sizes in bytes, rates in bytes a second.
 #[derive(Debug, Clone)]
 pub(super) struct Bbr {
@@ -88,7 +77,7 @@ pub(super) struct Bbr {
     rates: [u64; 2],
     pub(super) min_rtt: Option<Duration>,
     pub(super) min_rtt_at: Instant,
-    full: FullPipe,
+    pub(super) full: FullPipe,
     /// How much more was acknowledged than the bandwidth explains, by [`EXTRA_ROUNDS`] each.
     extra_acked: [u64; 2],
     extra_rounds: u32,
@@ -289,31 +278,6 @@ impl Bbr {
         self.ack_epoch = (began, sum);
         let extra = (sum - expected.min(sum)).min(self.window);
         self.extra_acked[1] = self.extra_acked[1].max(extra);
-    }
-
-    fn check_full_pipe(&mut self, sample: &Sample) {
-        if self.full.now || sample.app_limited {
-            return;
-        }
-        let growing = self.rate_latest as f64 >= self.full.rate as f64 * FULL_GROWTH;
-        if growing {
-            self.full = FullPipe { rate: self.rate_latest, rounds: 0, ..self.full };
-            return;
-        }
-        if self.round_start {
-            self.full.rounds += 1;
-            self.full.now = self.full.rounds >= FULL_ROUNDS;
-            self.full.reached |= self.full.now;
-        }
-    }
-
-    pub(super) fn reset_full_pipe(&mut self) {
-        self.full =
-            FullPipe { rate: self.rate_latest, reached: self.full.reached, ..FullPipe::default() };
-    }
-
-    pub(super) fn is_pipe_full(&self) -> bool {
-        self.full.now
     }
 
     fn advance(&mut self, now: Instant, sample: &Sample, in_flight: u64, acked: u64) {

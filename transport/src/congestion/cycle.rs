@@ -86,9 +86,7 @@ impl Cycle {
             suspicions: 0,
         }
     }
-}
 
-impl Cycle {
     /// How long ago the probe began or ended, whichever came last.
     pub(super) fn age(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.since)

@@ -11,6 +11,7 @@ mod background;
 mod bbr;
 mod cycle;
 mod delivery;
+mod full_pipe;
 mod rivals;
 mod round_trip;
 
