@@ -21,13 +21,12 @@ use crate::wan::{self, Spec, Wan};
 
 /// What is measured.
 #[derive(Debug, Clone, clap::Args)]
-#[group(id = "amount", required = true, args = ["mib", "seconds"])]
 pub struct Plan {
     /// The tools, in the order in which each run has them.
     #[arg(long, value_enum, value_delimiter = ',', required = true)]
     pub tools: Vec<Tool>,
     /// MiB of payload of each transfer.
-    #[arg(long)]
+    #[arg(long, required_unless_present = "seconds")]
     pub mib: Option<u64>,
     /// Instead: seconds for which payload is offered. For tools that would take minutes.
     #[arg(long)]
