@@ -459,7 +459,7 @@ impl SourceMemory {
             match wait.migration().await?.status {
                 Phase::None => break,
                 Phase::Cancelling => {}
-                ended @ (Phase::Cancelled | Phase::Failed | Phase::Completed) => {
+                Phase::Cancelled | Phase::Failed | Phase::Completed => {
                     let status = wait.status().await?;
                     let by_us =
                         status.status == "paused" && downtime_limit(&self.qmp).await? == PAUSED_MS;
@@ -467,8 +467,10 @@ impl SourceMemory {
                     if status.running || !is_left {
                         break;
                     }
+                    // QEMU tells that a migration has ended before it takes the VM out of
+                    // `finish-migrate`, which is nobody's to resume.
                     let is_settled = by_us || status.status == "postmigrate";
-                    if !ran && (is_settled || ended != Phase::Completed) {
+                    if !ran && is_settled {
                         break;
                     }
                     if ran && is_settled && !resumed {
