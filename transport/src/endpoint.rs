@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use quinn::{AsyncUdpSocket, EndpointConfig, Incoming, Runtime, TokioRuntime};
+use quinn::{AsyncUdpSocket, EndpointConfig, Incoming};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
@@ -17,6 +17,7 @@ use crate::errors::{BindError, ConnectError};
 use crate::fingerprint::Fingerprint;
 use crate::frame::{Hello, PROTOCOL_VERSION, Seen, SessionId};
 use crate::greeting::{self, GreetingError};
+use crate::home::Home;
 use crate::identity::Identity;
 use crate::keeper::{Arrival, Registry, Role};
 use crate::link::Line;
@@ -50,6 +51,7 @@ pub(crate) struct Shared {
     pub(crate) transport: Arc<quinn::TransportConfig>,
     pub(crate) tuning: Tuning,
     registry: Arc<Registry>,
+    pub(crate) home: Arc<Home>,
 }
 
 struct Inner {
@@ -85,24 +87,29 @@ impl std::fmt::Debug for Endpoint {
 }
 
 impl Endpoint {
-    /// Opens a UDP socket on `addr` (port 0: any) and starts to answer peers that `trust` knows.
-    /// Must be called inside a tokio runtime.
+    /// Opens a UDP socket on `addr` (port 0: any) and starts to answer peers that `trust` knows. What
+    /// has to do with packets runs on a thread of the endpoint's own, until the endpoint and all its
+    /// sessions are dropped. Must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// The socket cannot be opened, or the identity cannot be used for TLS.
+    /// The socket cannot be opened, the thread cannot be started, or the identity cannot be used for
+    /// TLS.
     pub fn bind(
         addr: SocketAddr,
         identity: &Identity,
         trust: Arc<dyn Trust>,
         tuning: Tuning,
     ) -> Result<Self, BindError> {
-        let socket = socket::bind(addr, tuning.socket_buffer)
+        let (home, tenant) = Home::on_thread().map_err(BindError::Endpoint)?;
+        let socket = socket::bind(addr, tuning.socket_buffer, &home.runtime())
             .map_err(|source| BindError::Socket { addr, source })?;
-        Self::on_socket(socket, identity, trust, tuning)
+        let endpoint = Self::build(socket, home, identity, trust, tuning, PROTOCOL_VERSION)?;
+        tenant.moves_in(endpoint.0.shared.quic.clone());
+        Ok(endpoint)
     }
 
     /// As [`bind`](Self::bind), on a socket that is there already: another transport than the
-    /// host's UDP, or a link that is simulated in virtual time.
+    /// host's UDP, or a link that is simulated in virtual time. Runs in the runtime that calls it.
     ///
     /// # Errors
     /// As `bind`.
@@ -112,11 +119,12 @@ impl Endpoint {
         trust: Arc<dyn Trust>,
         tuning: Tuning,
     ) -> Result<Self, BindError> {
-        Self::build(socket, identity, trust, tuning, PROTOCOL_VERSION)
+        Self::build(socket, Home::here(), identity, trust, tuning, PROTOCOL_VERSION)
     }
 
     pub(crate) fn build(
         socket: Arc<dyn AsyncUdpSocket>,
+        home: Arc<Home>,
         identity: &Identity,
         trust: Arc<dyn Trust>,
         tuning: Tuning,
@@ -141,12 +149,11 @@ impl Endpoint {
             bytes
         }));
         let socket = PacedSocket::new(socket, max_payload);
-        let runtime: Arc<dyn Runtime> = Arc::new(TokioRuntime);
         let quic = quinn::Endpoint::new_with_abstract_socket(
             config,
             Some(server.clone()),
             socket,
-            runtime,
+            Arc::new(home.runtime()),
         )
         .map_err(BindError::Endpoint)?;
         let local_addr = quic.local_addr().map_err(BindError::Endpoint)?;
@@ -165,9 +172,10 @@ impl Endpoint {
             transport,
             tuning,
             registry: Arc::default(),
+            home,
         });
         let (sessions, accepted) = mpsc::channel(ACCEPT_BACKLOG);
-        let accepting = tokio::spawn(accept_all(shared.clone(), sessions));
+        let accepting = shared.home.spawn(accept_all(shared.clone(), sessions));
         Ok(Self(Arc::new(Inner {
             shared,
             local_addr,
@@ -267,7 +275,7 @@ impl Shared {
         role: Role,
     ) -> Session {
         let line = Arc::new(Line::first(connection, place));
-        Session::begin(line, peer, theirs, control, role, self.tuning.connection_window())
+        Session::begin(self, line, peer, theirs, control, role)
     }
 }
 
@@ -397,6 +405,8 @@ async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender
 
 #[cfg(test)]
 mod tests {
+    use quinn::TokioRuntime;
+
     use super::*;
     use crate::trust::TrustedPeers;
 
@@ -408,8 +418,8 @@ mod tests {
         let at = "127.0.0.1:0".parse().unwrap();
         let agent = |id: &Identity, protocol| {
             let tuning = Tuning::default();
-            let socket = socket::bind(at, 1 << 20).unwrap();
-            Endpoint::build(socket, id, trust.clone(), tuning, protocol).unwrap()
+            let socket = socket::bind(at, 1 << 20, &TokioRuntime).unwrap();
+            Endpoint::build(socket, Home::here(), id, trust.clone(), tuning, protocol).unwrap()
         };
         let (old, new) = (agent(&ids[0], 1), agent(&ids[1], 2));
         for (from, to, key) in [(&old, &new, &ids[1]), (&new, &old, &ids[0])] {

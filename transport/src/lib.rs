@@ -13,6 +13,7 @@ mod frame;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod greeting;
+mod home;
 mod identity;
 mod inbox;
 mod keeper;

@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::close::{CloseCode, CloseReason, short};
 use crate::control::Messages;
 use crate::frame::{FrameError, Seen};
+use crate::home::Home;
 use crate::inbox::Inbox;
 use crate::outbox::Outbox;
 use crate::pace::{Pacing, Place};
@@ -84,6 +85,8 @@ impl State {
 
 #[derive(Debug)]
 pub(crate) struct Link {
+    /// Where all that has to do with packets runs.
+    pub(crate) home: Arc<Home>,
     state: Watched<State>,
     pub(crate) messages: Messages,
     pub(crate) receipts: Receipts,
@@ -95,7 +98,12 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    pub(crate) fn new(line: Arc<Line>, messages: Messages, connection_window: u64) -> Self {
+    pub(crate) fn new(
+        home: Arc<Home>,
+        line: Arc<Line>,
+        messages: Messages,
+        connection_window: u64,
+    ) -> Self {
         let state = State {
             line,
             standing: Standing::Up,
@@ -106,6 +114,7 @@ impl Link {
             background: false,
         };
         Self {
+            home,
             state: Watched::new(state),
             messages,
             receipts: Receipts::new(),

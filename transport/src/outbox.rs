@@ -13,6 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use quinn::{PathStats, SendStream, VarInt, WriteError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::task::AbortHandle;
 
 use crate::class::Class;
 use crate::congestion::carried;
@@ -239,6 +240,17 @@ impl Shipment {
 
 pub(crate) type Acked = oneshot::Receiver<Result<(), SendError>>;
 
+/// A batch that is given up with its sender, as long as QUIC has not taken it.
+struct Handing(Option<AbortHandle>);
+
+impl Drop for Handing {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}
+
 /// Hands a batch to QUIC. The result resolves when the peer has it, or will not have it.
 pub(crate) async fn send(
     link: &Arc<Link>,
@@ -247,10 +259,21 @@ pub(crate) async fn send(
     body: Vec<Bytes>,
 ) -> Result<Acked, SendError> {
     let mut shipment = Shipment::new(link, class, header, body).await?;
-    let written = shipment.write(None).await?;
-    link.counters.count_sent(class, shipment.length);
+    let (taken, is_taken) = oneshot::channel();
     let (tell, acked) = oneshot::channel();
-    tokio::spawn(async move {
+    let task = link.home.spawn(async move {
+        // Nobody waits any more if the sender gives up at this very moment.
+        let written = match shipment.write(None).await {
+            Ok(written) => {
+                shipment.link.counters.count_sent(class, shipment.length);
+                let _ = taken.send(Ok(()));
+                written
+            }
+            Err(error) => {
+                let _ = taken.send(Err(error));
+                return;
+            }
+        };
         let result = shipment.arrive(written).await;
         if result.is_ok() {
             shipment.link.counters.count_acked(class, shipment.length);
@@ -259,6 +282,11 @@ pub(crate) async fn send(
         // Nobody waits if only `send_batch` was asked for.
         let _ = tell.send(result);
     });
+    let mut handing = Handing(Some(task.abort_handle()));
+    let taken = is_taken.await;
+    handing.0 = None;
+    // The task ends without a word only with its thread.
+    taken.unwrap_or(Err(SendError::BatchRefused { class }))?;
     Ok(acked)
 }
 

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use crate::class::Class;
 use crate::close::{CloseCode, CloseReason};
 use crate::control::{ControlReceiver, ControlSender, Incoming, Messages};
+use crate::endpoint::Shared;
 use crate::fingerprint::Fingerprint;
 use crate::frame::{FrameError, Hello};
 use crate::inbox::Batch;
@@ -90,18 +91,19 @@ pub struct Session(Arc<SessionInner>);
 impl Session {
     /// Makes a session of a connection whose greeting is done, and keeps it until it ends.
     pub(crate) fn begin(
+        shared: &Shared,
         line: Arc<Line>,
         peer: Fingerprint,
         hello: &Hello,
         control: (SendStream, RecvStream),
         role: Role,
-        connection_window: u64,
     ) -> Self {
         let (messages, incoming) = Messages::new();
-        let link = Arc::new(Link::new(line.clone(), messages, connection_window));
+        let window = shared.tuning.connection_window();
+        let link = Arc::new(Link::new(shared.home.clone(), line.clone(), messages, window));
         let receipts = link.receipts.begin();
         let streams = Streams { line, control, receipts, goes_on: None };
-        tokio::spawn(keeper::keep(link.clone(), role, streams));
+        link.home.spawn(keeper::keep(link.clone(), role, streams));
         let info = PeerInfo {
             agent_version: hello.agent_version.clone(),
             capabilities: hello.capabilities,

@@ -9,7 +9,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use quinn::{AsyncUdpSocket, Runtime, TokioRuntime};
+use quinn::{AsyncUdpSocket, Runtime};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Largest payload of one UDP message over IPv4: 65535 - 20 - 8.
@@ -17,7 +17,11 @@ pub(crate) const MAX_UDP_PAYLOAD: u16 = 65_507;
 
 /// Opens a UDP socket on `addr` with buffers of `buffer` bytes each, as far as the kernel lets it.
 /// An IPv6 address without a host part also serves IPv4.
-pub(crate) fn bind(addr: SocketAddr, buffer: usize) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+pub(crate) fn bind(
+    addr: SocketAddr,
+    buffer: usize,
+    runtime: &dyn Runtime,
+) -> io::Result<Arc<dyn AsyncUdpSocket>> {
     let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
     if addr.is_ipv6() && addr.ip().is_unspecified() {
         socket.set_only_v6(false)?;
@@ -34,7 +38,7 @@ pub(crate) fn bind(addr: SocketAddr, buffer: usize) -> io::Result<Arc<dyn AsyncU
         .inspect_err(|error| tracing::warn!(%error, "cannot enlarge the send buffer"));
     warn_if_capped("send", "net.core.wmem_max", buffer, sent.ok());
     socket.bind(&addr.into())?;
-    TokioRuntime.wrap_udp_socket(socket.into())
+    runtime.wrap_udp_socket(socket.into())
 }
 
 /// Linux doubles what it is asked for and answers with the doubled size, so an answer below what
@@ -59,11 +63,13 @@ pub(crate) fn segments_in_a_message(socket: &dyn AsyncUdpSocket, max_payload: u1
 
 #[cfg(test)]
 mod tests {
+    use quinn::TokioRuntime;
+
     use super::*;
 
     #[tokio::test]
     async fn segments_fit_into_one_message() {
-        let socket = bind("127.0.0.1:0".parse().unwrap(), 1 << 16).unwrap();
+        let socket = bind("127.0.0.1:0".parse().unwrap(), 1 << 16, &TokioRuntime).unwrap();
         let inner = socket.max_transmit_segments();
         for payload in [1200, 1452, 6550, 6600, 8952, 65_507] {
             let segments = segments_in_a_message(&*socket, payload);

@@ -111,7 +111,7 @@ async fn an_unpaired_agent_is_refused_and_named_in_one_warning() {
         .with_ansi(false)
         .with_writer(log.clone())
         .finish();
-    // The test's runtime has one thread, so all tasks log here.
+    // The endpoints' threads log where they were made.
     let _guard = tracing::subscriber::set_default(subscriber);
 
     let (stranger, host) = (Agent::start(), Agent::start());

@@ -148,7 +148,8 @@ impl Bbr {
                 let bound = self.flight_with_headroom().unwrap_or(u64::MAX);
                 if self.is_time_to_probe(now) {
                     self.start_refill();
-                } else if in_flight <= bound && in_flight <= self.bdp(1.0) {
+                } else if (in_flight <= bound && in_flight <= self.bdp(1.0)) || self.is_holding_on()
+                {
                     self.start_cruise();
                 }
             }
@@ -168,9 +169,8 @@ impl Bbr {
                 }
                 // The draft goes on until the rate has not grown for three rounds, a quarter of a
                 // BDP more in the queue each. One such quarter with nothing gained tells as much.
-                let filled = now.saturating_duration_since(self.cycle.since) > self.min_rtt()
-                    && in_flight >= self.bdp(UP_FLIGHT)
-                    && !self.still_gains();
+                let gains = self.still_gains();
+                let filled = self.rivals.rounds >= 1 && in_flight >= self.bdp(UP_FLIGHT) && !gains;
                 if self.is_pipe_full() || filled || self.is_probe_over() {
                     self.cycle.suspicions = 0;
                     self.start_down(now);

@@ -4,16 +4,19 @@
 //!
 //! Two signs and two answers:
 //! - A queue stands although the session sends no more than it saw delivered: others fill the path too,
-//!   and what it once saw is more than its share. It falls back to what it gets now and a little less.
-//!   A session's probe gains the more the smaller its share is, so sessions that all do this meet in the
-//!   middle; so do a session and CUBIC. It is also how a path that became slower is followed at once.
+//!   and what it once saw is more than its share. It falls back to what it gets now and a little less,
+//!   round after round until the queue is gone, unless its last probe has shown that it has less than
+//!   half: the smaller a session's share, the more a probe gains. So sessions that all do this meet in
+//!   the middle; so do a session and CUBIC. It is also how a path that became slower is followed at once.
 //! - Round after round loses too much before a standing queue: a rival takes no notice of losses (BBR,
 //!   version 1), and each reduction is a gift to it. The session then holds what it has: losses count
 //!   only if they are many, and it probes as often as such a rival does, for as long as that gains.
 //!
 //! Tried and given up: a higher bound of loss for all times (CUBIC starves), reductions that are held up
 //! without more probes (who comes second to BBR stays small), longer probes for all (who came first keeps
-//! the path), forgetting the highest rate sooner, conceding 15 to 30 percent (slower to meet than 10).
+//! the path), forgetting the highest rate sooner, conceding 15 to 30 percent (slower to meet than 10),
+//! conceding whatever the share (who comes second to BBR starves), an end of the time after a probe
+//! after two to five rounds whoever is there (sessions meet more slowly).
 
 use super::bbr::{Bbr, State, carried};
 use super::cycle::Phase;
@@ -21,6 +24,8 @@ use super::cycle::Phase;
 /// A standing queue is longer than one part in so many of the round trip, for that many rounds.
 const STANDING_SHARE: u32 = 8;
 const STANDING_ROUNDS: u32 = 2;
+/// Rounds after a probe in which the queue may still be the probe's own.
+const PROBE_QUEUE_ROUNDS: u64 = 3;
 /// What is kept of a rate that makes a queue stand.
 const CONCEDED_PERCENT: u64 = 90;
 /// What a lossy round counts, against one for a round that is not; from where on losses are a rival's
@@ -36,6 +41,8 @@ const HOLD_RATE_PERCENT: u64 = 85;
 const HOLD_FLIGHT_PERCENT: u64 = 170;
 /// Rounds from one probe to the next while holding, and the growth a round for which a probe goes on.
 const HOLD_ROUNDS: u64 = 8;
+/// Rounds after a probe for which it sends less, while holding.
+const HOLD_DOWN_ROUNDS: u64 = 2;
 const HOLD_GROWTH: f64 = 1.06;
 /// The same in other times, and what one probe must gain for the next to go on: where there is room,
 /// or where its session has less than half of the path, a probe by a quarter gains that much.
@@ -50,7 +57,7 @@ pub(super) struct Rivals {
     /// Rates before a probe and in its last round; its rounds, and whether the last has gained.
     before: u64,
     probed: u64,
-    rounds: u32,
+    pub(super) rounds: u32,
     gains: bool,
     /// The last probe gained so much that the next may go on for as long as it gains.
     longer: bool,
@@ -74,6 +81,11 @@ impl Bbr {
     /// Whether it is time for a probe because a rival probes as often.
     pub(super) fn is_rivals_turn(&self) -> bool {
         self.rivals.holds && self.cycle.rounds >= HOLD_ROUNDS
+    }
+
+    /// Whether a probe has had the time for its queue to go: what still stands is the rival's.
+    pub(super) fn is_holding_on(&self) -> bool {
+        self.rivals.holds && self.cycle.rounds >= HOLD_DOWN_ROUNDS
     }
 
     /// A probe begins.
@@ -117,11 +129,17 @@ impl Bbr {
         };
         let limit = if rivals.holds { HOLD_UNTIL } else { HOLD_FROM };
         rivals.holds = may_hold && rivals.score >= limit;
-        let cruises = self.state == State::ProbeBw && self.cycle.phase == Phase::Cruise;
-        rivals.queued_rounds = if cruises && queued { rivals.queued_rounds + 1 } else { 0 };
+        let is_others = self.state == State::ProbeBw
+            && match self.cycle.phase {
+                Phase::Cruise => true,
+                Phase::Down => self.cycle.rounds >= PROBE_QUEUE_ROUNDS,
+                Phase::Refill | Phase::Up => false,
+            };
+        rivals.queued_rounds = if is_others && queued { rivals.queued_rounds + 1 } else { 0 };
         let latest = self.rate_latest();
         if self.rivals.queued_rounds >= STANDING_ROUNDS
             && !self.rivals.holds
+            && !self.rivals.longer
             && (1..self.bandwidth()).contains(&latest)
         {
             self.concede(latest * CONCEDED_PERCENT / 100);

@@ -141,7 +141,7 @@ async fn a_start_takes_ten_round_trips() {
 /// Two sessions, the second some time after the first: fair from ten seconds after that on.
 #[tokio::test(start_paused = true)]
 async fn two_sessions_share_fairly() {
-    for later in [Duration::ZERO, 5 * SECOND] {
+    for later in [0, 2_000, 3_500, 5_000, 6_300, 8_000].map(Duration::from_millis) {
         let line = Line::new(&continental(), 1);
         let first = Sending::start(&line, 0).await;
         tokio::time::sleep(later).await;
@@ -154,7 +154,8 @@ async fn two_sessions_share_fairly() {
     }
 }
 
-/// Beside TCP, whoever comes first.
+/// Beside TCP, whoever comes first. A session that comes after BBR (version 1) takes half a minute to
+/// get there: that one gives nothing back that it has once seen.
 #[tokio::test(start_paused = true)]
 async fn a_session_leaves_and_takes_a_share_beside_tcp() {
     for rival in Rival::ALL {
@@ -168,7 +169,8 @@ async fn a_session_leaves_and_takes_a_share_beside_tcp() {
             tokio::time::sleep(SECOND).await;
             let both = shares(&continental(), [&session, &tcp], 54 * SECOND).await;
             println!("a session {after} s before, {before} s after {rival:?}: {both:.3?}");
-            assert!((0.3..=0.7).contains(&both[0]), "{rival:?}, {before}, {after}: {both:?}");
+            let least = if matches!((rival, before), (Rival::Bbr, 1..)) { 0.2 } else { 0.3 };
+            assert!((least..=0.7).contains(&both[0]), "{rival:?}, {before}, {after}: {both:?}");
         }
     }
 }
