@@ -29,6 +29,8 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/longhaul";
 pub const DEFAULT_RUN_DIR: &str = "/run/longhaul";
 /// The UDP port that agents listen on.
 pub const DEFAULT_PORT: u16 = 4873;
+/// How an address for peers is written.
+const LISTEN_EXAMPLE: &str = "0.0.0.0:4873";
 /// Longest name of a host, peer, pool, network or VM, in bytes.
 pub const NAME_BYTES_MAX: usize = 63;
 
@@ -93,6 +95,8 @@ pub struct Config {
     pub limits: Limits,
     /// Programs around the switchover.
     pub hooks: HookConfig,
+    /// TCP address at which numbers are served over HTTP, to anybody who reaches it; nowhere without it.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 /// Bounds on what the agent takes from the host and the link.
@@ -176,7 +180,9 @@ impl Config {
         };
         let listen = match (overrides.listen, typed.agent.listen) {
             (Some(listen), _) => listen,
-            (None, Some(listen)) => source.checked(&listen, |text| parse_listen(text))?,
+            (None, Some(listen)) => {
+                source.checked(&listen, |text| parse_listen(text, LISTEN_EXAMPLE))?
+            }
             (None, None) => SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)),
         };
         let dir = |flag: &Option<PathBuf>, typed: &Option<Spanned<PathBuf>>, default: &str| match (
@@ -206,6 +212,7 @@ impl Config {
             },
             limits: typed.limits.meaning(&source)?,
             hooks: typed.hooks.meaning(&source)?,
+            metrics_listen: typed.metrics.meaning(&source)?,
         })
     }
 
@@ -281,12 +288,10 @@ fn absolute(dir: &Path) -> Result<PathBuf, Problem> {
     Err(problem(format!("`{}` is not an absolute path", dir.display()), "start it with `/`"))
 }
 
-fn parse_listen(text: &str) -> Result<SocketAddr, Problem> {
+fn parse_listen(text: &str, example: &str) -> Result<SocketAddr, Problem> {
     text.parse().map_err(|_| {
-        problem(
-            format!("`{text}` is not an address and port"),
-            format!("write e.g. \"0.0.0.0:{DEFAULT_PORT}\" or \"[::]:{DEFAULT_PORT}\""),
-        )
+        let remedy = format!("write e.g. \"{example}\"; an IPv6 address stands in brackets");
+        problem(format!("`{text}` is not an address and port"), remedy)
     })
 }
 

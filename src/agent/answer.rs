@@ -7,21 +7,29 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use longhaul_transport::{Endpoint, Fingerprint};
+use tokio::time::Instant;
 
 use super::admission::Wish;
 use super::caps::Caps;
 use super::jobs::{Follow, Jobs, MoveOptions, Mover};
+use super::links::Links;
+use super::metrics::{self, Facts};
 use super::peers::{Peer, PeerBook, PeersError, full_address};
 use super::registry::Registry;
 use crate::config::{Config, Problem, valid_downtime_limit};
 use crate::control::{
-    Checked, Failure, FailureKind, JobKind, JobOutcome, JobSummary, MoveRequest, OwnIdentity,
-    PeerSummary, Reply, Request, Status, VmSource, chain,
+    Checked, Failure, FailureKind, JobKind, JobOutcome, JobSummary, Metric, MoveRequest,
+    OwnIdentity, PeerSummary, Reply, Request, Status, VmSource, chain,
 };
+use crate::migration::handover::Conflict;
 
 /// Ended jobs in a status.
 const RECENT_MAX: usize = 10;
+/// For so long what was gathered for one who scrapes is good enough for the next, so that no number
+/// of them asks the VMs' monitors more often.
+const METRICS_AGE_MAX: Duration = Duration::from_secs(1);
 /// Time for a cancelled job to give the guest back.
 const CANCEL_WAIT: Duration = Duration::from_secs(120);
 /// Time for a peer to answer while it is paired; it may be down, and is then trusted all the same.
@@ -42,6 +50,10 @@ pub(crate) struct Desk {
     pub(crate) jobs: Arc<Jobs>,
     pub(crate) mover: Arc<dyn Mover>,
     pub(crate) caps: Arc<Caps>,
+    pub(crate) links: Arc<Links>,
+    /// When this agent started.
+    pub(crate) started: Timestamp,
+    pub(crate) last_metrics: tokio::sync::Mutex<Option<(Instant, Arc<Vec<Metric>>)>>,
 }
 
 /// What comes of a request.
@@ -66,6 +78,7 @@ impl Desk {
     async fn answer(&self, request: Request) -> Result<Reply, Failure> {
         match request {
             Request::Status => Ok(Reply::Status(Box::new(self.status().await))),
+            Request::Metrics => Ok(Reply::Metrics(self.metrics().await.to_vec())),
             Request::Whoami => Ok(Reply::Identity(self.identity())),
             Request::Probe { address } => self.probe(&address).await,
             Request::PairAdd { name, address, fingerprint } => {
@@ -266,6 +279,29 @@ impl Desk {
             in_doubt: self.mover.in_doubt().await,
             recent: self.jobs.recent(RECENT_MAX),
         }
+    }
+
+    /// All numbers, not older than [`METRICS_AGE_MAX`]. Whoever asks meanwhile waits for the first.
+    pub(crate) async fn metrics(&self) -> Arc<Vec<Metric>> {
+        let mut last = self.last_metrics.lock().await;
+        if let Some((at, metrics)) = &*last
+            && at.elapsed() < METRICS_AGE_MAX
+        {
+            return Arc::clone(metrics);
+        }
+        let facts = Facts {
+            started: self.started,
+            status: self.status().await,
+            conflicts: [Conflict::RanTwice, Conflict::RunsNowhere]
+                .map(|conflict| self.mover.conflicts(conflict)),
+            limits: self.caps.limits(Timestamp::now()),
+            tallies: self.jobs.tallies(),
+            last_migration: self.jobs.last_migration(),
+            links: self.links.all(),
+        };
+        let metrics = Arc::new(metrics::metrics(&facts));
+        *last = Some((Instant::now(), Arc::clone(&metrics)));
+        metrics
     }
 
     fn with_limits(&self, job: JobSummary) -> JobSummary {

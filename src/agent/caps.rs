@@ -202,7 +202,8 @@ impl Caps {
         (!is_free).then(|| self.job_limits(vm, job, Timestamp::now()))
     }
 
-    fn limits(&self, now: Timestamp) -> Limits {
+    /// What holds then, and what comes next.
+    pub(super) fn limits(&self, now: Timestamp) -> Limits {
         let table = self.table();
         let zone = self.zone.iana_name().unwrap_or("this host").to_owned();
         let is_changed = table.agent.calendar != self.configured;

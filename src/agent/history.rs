@@ -10,7 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::durable;
-use crate::control::JobRecord;
+use crate::control::{JobKind, JobOutcome, JobRecord};
 
 /// Records that are kept.
 const RECORDS_MAX: usize = 500;
@@ -66,6 +66,13 @@ impl History {
         self.records.iter().rev().take(count).cloned().collect()
     }
 
+    /// The newest migration that completed.
+    pub(crate) fn last_migration(&self) -> Option<&JobRecord> {
+        self.records.iter().rev().find(|record| {
+            record.kind == JobKind::Migrate && matches!(record.outcome, JobOutcome::Completed(_))
+        })
+    }
+
     /// The highest number that a job had.
     pub(crate) fn last_id(&self) -> u64 {
         self.records.iter().map(|record| record.id).max().unwrap_or(0)
@@ -102,7 +109,7 @@ impl History {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::{Failure, JobKind, JobOutcome};
+    use crate::control::Failure;
 
     fn record(id: u64) -> JobRecord {
         JobRecord {

@@ -16,10 +16,11 @@ use super::admission::{Occupied, Wish, admit};
 use super::cancel::{CancelReason, CancelToken};
 use super::history::History;
 use super::peers::Peer;
+use super::tally::Tally;
 use crate::calendar::RateCalendar;
 use crate::control::{Failure, FailureKind, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary};
 use crate::hypervisor::VmSpec;
-use crate::migration::handover::Choice;
+use crate::migration::handover::{Choice, Conflict};
 use crate::migration::{Completed, Phase, Progress};
 
 /// One seed or migration, as it was admitted.
@@ -80,6 +81,9 @@ pub trait Mover: Send + Sync {
     /// Hand-overs that are not settled.
     async fn in_doubt(&self) -> Vec<InDoubt>;
 
+    /// How often this conflict was found in the life of this agent.
+    fn conflicts(&self, conflict: Conflict) -> u64;
+
     /// Decides one as the operator says, where neither side knows better; what came of it.
     async fn resolve(&self, vm: &str, runs: Choice) -> Result<String, Failure>;
 
@@ -101,6 +105,7 @@ struct Table {
     next_id: u64,
     running: BTreeMap<u64, Running>,
     history: History,
+    tallies: [Tally; 2],
 }
 
 struct Running {
@@ -146,7 +151,8 @@ impl Follow {
 impl Jobs {
     pub(crate) fn new(mover: Arc<dyn Mover>, history: History) -> Self {
         let next_id = history.last_id() + 1;
-        let table = Table { stopping: false, next_id, running: BTreeMap::new(), history };
+        let tallies = [JobKind::Seed, JobKind::Migrate].map(Tally::new);
+        let table = Table { stopping: false, next_id, running: BTreeMap::new(), history, tallies };
         Self { mover, table: Mutex::new(table), count: watch::Sender::new(0) }
     }
 
@@ -225,6 +231,16 @@ impl Jobs {
         self.table().history.newest(count)
     }
 
+    /// The newest migration that completed, if the history still has one.
+    pub(crate) fn last_migration(&self) -> Option<JobRecord> {
+        self.table().history.last_migration().cloned()
+    }
+
+    /// What those that ended came to, by kind.
+    pub(crate) fn tallies(&self) -> [Tally; 2] {
+        self.table().tallies.clone()
+    }
+
     fn end(&self, job: Follow, outcome: JobOutcome, ended: &watch::Sender<Option<JobOutcome>>) {
         match &outcome {
             JobOutcome::Completed(completed) => tracing::info!(
@@ -238,6 +254,7 @@ impl Jobs {
             ),
         }
         let mut table = self.table();
+        table.tallies.iter_mut().filter(|of| of.kind == job.kind).for_each(|of| of.add(&outcome));
         table.history.add(JobRecord {
             id: job.id,
             kind: job.kind,

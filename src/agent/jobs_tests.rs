@@ -54,6 +54,10 @@ impl Mover for ByName {
         Vec::new()
     }
 
+    fn conflicts(&self, _: Conflict) -> u64 {
+        0
+    }
+
     async fn forget_seed(&self, _: &str) -> Result<bool, Failure> {
         Ok(false)
     }

@@ -18,14 +18,18 @@ mod history;
 pub mod hooks;
 mod incoming;
 pub mod jobs;
+pub mod links;
 mod lock;
+mod metrics;
 pub mod mover;
 pub mod peers;
 pub mod registry;
 mod server;
 pub mod setup;
+mod tally;
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,7 +47,9 @@ use caps::Caps;
 use history::History;
 use hooks::Hooks;
 use jobs::{Jobs, Mover};
+use links::Links;
 use lock::{InstanceLock, LockError};
+use metrics::http::MetricsSocket;
 use peers::{PeerBook, PeersError};
 use registry::Registry;
 use server::ControlSocket;
@@ -90,6 +96,15 @@ pub enum AgentError {
     /// The network cannot be used.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The address for metrics cannot be used.
+    #[error("cannot serve metrics at {address} (metrics.listen)")]
+    Metrics {
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// What a mover works with.
@@ -107,6 +122,8 @@ pub struct Parts {
     pub hooks: Hooks,
     /// The caps on what is sent.
     pub caps: Arc<Caps>,
+    /// What sessions with peers carry.
+    pub links: Arc<Links>,
 }
 
 /// Runs an agent until SIGTERM or SIGINT. `mover` is made once, when all its parts are there.
@@ -118,6 +135,7 @@ pub async fn run(
     mover: impl FnOnce(Parts) -> io::Result<Arc<dyn Mover>>,
 ) -> Result<(), AgentError> {
     let config = Arc::new(config);
+    let started = jiff::Timestamp::now();
     let (state_dir, run_dir) = (&config.state_dir, &config.run_dir);
     for dir in [state_dir, run_dir, &config.image_tools.run_dir] {
         setup::make_dir(dir).map_err(io_error("making", dir))?;
@@ -127,6 +145,10 @@ pub async fn run(
         LockError::Taken(pid) => AgentError::Taken { pid, state_dir: state_dir.clone() },
         LockError::Io(source) => io_error("locking", &lock_file)(source),
     })?;
+
+    // Before anything is settled or served: an agent that cannot be watched as it was asked does not run.
+    let metrics = config.metrics_listen.map(MetricsSocket::bind).transpose();
+    let metrics = metrics.map_err(|(address, source)| AgentError::Metrics { address, source })?;
 
     let identity = Identity::load_or_create(state_dir)?;
     let own = identity.fingerprint();
@@ -139,6 +161,7 @@ pub async fn run(
     let trust = Arc::clone(&peers);
     let endpoint = Endpoint::bind(config.listen, &identity, trust, Tuning::default())?;
     let listen = endpoint.local_addr();
+    let links = Arc::new(Links::default());
     let mover = mover(Parts {
         config: Arc::clone(&config),
         endpoint: endpoint.clone(),
@@ -146,6 +169,7 @@ pub async fn run(
         registry: Arc::clone(&registry),
         hooks: Hooks::new(config.hooks.clone()),
         caps: Arc::clone(&caps),
+        links: Arc::clone(&links),
     })
     .map_err(io_error("reading the journals in", state_dir))?;
     let jobs = Arc::new(Jobs::new(Arc::clone(&mover), history));
@@ -166,6 +190,9 @@ pub async fn run(
         jobs: Arc::clone(&jobs),
         mover: Arc::clone(&mover),
         caps: Arc::clone(&caps),
+        links,
+        started,
+        last_metrics: tokio::sync::Mutex::default(),
     });
     let stopping = CancelToken::new();
     let serving =
@@ -176,13 +203,14 @@ pub async fn run(
     );
 
     let signal = tokio::select! {
-        () = socket.serve(desk) => "none",
+        () = socket.serve(Arc::clone(&desk)) => "none",
+        () = metrics::http::serve(metrics.as_ref(), desk) => "none",
         () = caps.follow_the_clock() => "none",
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     };
     tracing::info!(signal, "agent stops: jobs are aborted safely, guests run on");
-    drop(socket);
+    drop((socket, metrics));
     stopping.cancel(CancelReason::Stopping);
     let (left, _) = tokio::join!(jobs.stop(STOP_WAIT), serving);
     if left > 0 {

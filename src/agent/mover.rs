@@ -15,12 +15,13 @@ use super::cancel::CancelToken;
 use super::caps::Caps;
 use super::hooks::{self, Hooks, Moment, Occasion};
 use super::jobs::{Job, Mover};
+use super::links::Links;
 use super::peers::{Peer, PeerBook};
 use crate::control::{Failure, FailureKind, InDoubt, chain};
 use crate::hypervisor::VmSpec;
 use crate::hypervisor::qemu::host::QemuHost;
 use crate::migration::doubts::Doubts;
-use crate::migration::handover::Choice;
+use crate::migration::handover::{Choice, Conflict};
 use crate::migration::job::{self, Dial, MoveOptions, Side, Site};
 use crate::migration::journal::{Began, History, JournalDir, Role};
 use crate::migration::message::{JobId, Purpose};
@@ -45,6 +46,7 @@ pub struct MigrationMover {
     endpoint: Endpoint,
     peers: Arc<PeerBook>,
     caps: Arc<Caps>,
+    links: Arc<Links>,
     staging_bytes: u64,
 }
 
@@ -75,6 +77,7 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         endpoint: parts.endpoint,
         peers: parts.peers,
         caps: parts.caps,
+        links: parts.links,
         staging_bytes: parts.config.limits.memory.0 / STAGING_SHARE,
     };
     for history in mover.site.journals.unfinished()? {
@@ -90,6 +93,7 @@ impl MigrationMover {
             peers: Arc::clone(&self.peers),
             peer: peer.to_owned(),
             rate: self.caps.agent_alone(),
+            links: Arc::clone(&self.links),
         }
     }
 
@@ -215,6 +219,7 @@ impl Mover for MigrationMover {
     async fn serve(&self, session: Session, peer: Peer, cancel: CancelToken) {
         // A target sends answers and acknowledgements: a few percent, and they count.
         session.set_rate(self.caps.agent_alone());
+        self.links.count(&peer.name, &session);
         let left =
             |began: &Began, attempt| began.role == Role::Target && !self.attempts.contains(attempt);
         let serving = async {
@@ -262,6 +267,10 @@ impl Mover for MigrationMover {
                 blocks: doubt.blocks,
             })
             .collect()
+    }
+
+    fn conflicts(&self, conflict: Conflict) -> u64 {
+        self.site.doubts.conflicts(conflict)
     }
 
     async fn resolve(&self, vm: &str, runs: Choice) -> Result<String, Failure> {
@@ -358,6 +367,7 @@ struct Dialer {
     peer: String,
     /// What its sessions send under.
     rate: JobRate,
+    links: Arc<Links>,
 }
 
 #[async_trait]
@@ -370,6 +380,7 @@ impl Dial for Dialer {
             match self.endpoint.connect(address, peer.fingerprint).await {
                 Ok(session) => {
                     session.set_rate(self.rate.clone());
+                    self.links.count(&self.peer, &session);
                     return Ok(session);
                 }
                 Err(error) => last = chain(&error),

@@ -208,6 +208,11 @@ unplugged = {{ none = true }}
 # Before `longhaul resolve` runs a guest here that the peer may be running: switches that host off.
 # fence = "/etc/longhaul/fence"
 # timeout_s = 10
+
+[metrics]
+# TCP address at which Prometheus finds this agent's numbers (http://ADDRESS/metrics), without
+# encryption and to anybody who reaches it. Nowhere without it; `longhaul metrics` prints them, too.
+# listen = "127.0.0.1:9464"
 "#,
         name = quoted(&name),
         listen = quoted(&listen),
@@ -259,8 +264,17 @@ mod tests {
         let prepared = init(Some(dir.path()), None, Some("paris"), LISTEN).unwrap();
         let text = std::fs::read_to_string(&prepared.file).unwrap();
         let default = |line: &str| {
-            let skip =
-                ["rate", "time_zone", "lan ", "routed ", "ovmf ", "before_", "after_", "fence"];
+            let skip = [
+                "rate",
+                "time_zone",
+                "lan ",
+                "routed ",
+                "ovmf ",
+                "before_",
+                "after_",
+                "fence",
+                "listen",
+            ];
             line.contains(" = ") && !skip.iter().any(|name| line.starts_with(name))
         };
         let open = |line: &str| match line.strip_prefix("# ") {

@@ -142,6 +142,17 @@ Example:
   longhaul status
   longhaul status --json | jq '.jobs[].progress.payload_bytes'")]
     Status,
+    /// Print the agent's numbers once, for Prometheus
+    #[command(after_help = "\
+The numbers are in Prometheus' text format, for node_exporter's textfile collector or a script;
+with --json as documents. Counters count from the agent's start. For Prometheus to scrape the agent
+itself set metrics.listen in the configuration; docs/operating.md lists what there is.
+
+Example:
+  longhaul metrics > /var/lib/node_exporter/longhaul.new &&
+    mv /var/lib/node_exporter/longhaul.new /var/lib/node_exporter/longhaul.prom
+  longhaul metrics | grep unsettled")]
+    Metrics,
     /// Show or change how fast may be sent
     #[command(after_help = "\
 Without --rate and --class the caps that hold now are shown, and what comes next. With a VM its job

@@ -111,6 +111,7 @@ pub async fn run(global: &Global, command: Command) -> Exit {
         Command::Cancel(args) => moves::cancel(global, args.vm).await,
         Command::Resolve(args) => resolve::run(global, args).await,
         Command::Status => show::status(global).await,
+        Command::Metrics => show::metrics(global).await,
         Command::Limit(args) => limit::run(global, args).await,
         // These two are the agent itself; `main` starts it.
         Command::Init(_) | Command::Agent(_) => Err(CommandError::Mismatch),

@@ -1,4 +1,4 @@
-//! `status`: everything worth knowing at a glance.
+//! `status`: everything worth knowing at a glance; `metrics`: all numbers, for monitoring.
 //!
 //! Invariant: what an operator must act upon (a hand-over in doubt) stands first.
 
@@ -6,7 +6,7 @@ use super::args::Global;
 use super::progress::line;
 use super::table::Table;
 use super::{CommandError, Exit, ask, limit, pair, print, vm};
-use crate::control::{JobOutcome, JobRecord, JobSummary, Reply, Request, Status};
+use crate::control::{JobOutcome, JobRecord, JobSummary, Reply, Request, Status, metrics_text};
 use crate::migration::journal::Role;
 use crate::units::{ByteCount, duration_text};
 
@@ -16,6 +16,14 @@ pub(super) async fn status(global: &Global) -> Result<Exit, CommandError> {
     };
     print(global, &status, |status| status_text(status));
     Ok(if status.in_doubt.is_empty() { Exit::Done } else { Exit::InDoubt })
+}
+
+pub(super) async fn metrics(global: &Global) -> Result<Exit, CommandError> {
+    let Reply::Metrics(metrics) = ask(global, &Request::Metrics).await? else {
+        return Err(CommandError::Mismatch);
+    };
+    print(global, &metrics, |metrics| metrics_text(metrics));
+    Ok(Exit::Done)
 }
 
 fn status_text(status: &Status) -> String {

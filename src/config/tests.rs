@@ -20,6 +20,7 @@ fn a_name_is_enough() {
     assert_eq!(config.limits.link_patience, Duration::from_secs(300));
     assert_eq!(config.limits.rate, RateCalendar::always(None));
     assert_eq!(config.host.accel, AccelPreference::Auto);
+    assert_eq!(config.metrics_listen, None);
 }
 
 #[test]
@@ -54,6 +55,8 @@ fn everything_is_read() {
         [hooks]
         before_switchover = "/etc/before"
         timeout_s = 5
+        [metrics]
+        listen = "[::1]:9464"
         "#,
     )
     .unwrap();
@@ -73,6 +76,7 @@ fn everything_is_read() {
     assert_eq!(config.limits.time_zone.iana_name(), Some("UTC"));
     assert_eq!(config.hooks.timeout, Duration::from_secs(5));
     assert_eq!(config.hooks.after_switchover, None);
+    assert_eq!(config.metrics_listen, "[::1]:9464".parse().ok());
 }
 
 #[test]
@@ -99,6 +103,11 @@ fn refusals_name_file_line_and_remedy() {
         ("[agent]\nname = \"x\"\n[limits]\nlink_patience_s = 99999999", "agent.toml:4: 99999999 s"),
         ("[agent]\nname = \"x\"\n[networks]\nlan = { user = true, bridge = \"b\" }", "exactly one"),
         ("[agent]\nname = \"x\"\n[hooks]\ntimeout_s = 0", "agent.toml:4: 0 seconds"),
+        (
+            "[agent]\nname = \"x\"\n[metrics]\nlisten = \"localhost\"",
+            "agent.toml:4: `localhost` is not",
+        ),
+        ("[agent]\nname = \"x\"\n[metrics]\nport = 1", "agent.toml:4: unknown field `port`"),
         ("[agent]\nname = 5", "agent.toml:2: invalid type"),
         ("", "agent.toml:1: missing field `agent`"),
     ] {

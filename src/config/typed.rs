@@ -3,6 +3,7 @@
 //! Invariant: nothing of these types leaves `config`; unknown fields are refused in every section.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::{
-    ConfigError, HookConfig, Limits, Problem, Source, absolute, problem, valid_downtime_limit,
-    valid_name,
+    ConfigError, HookConfig, Limits, Problem, Source, absolute, parse_listen, problem,
+    valid_downtime_limit, valid_name,
 };
 use crate::calendar::RateCalendar;
 use crate::hypervisor::spec::host::{AccelPreference, HostPolicy, NetworkBackend};
@@ -32,6 +33,8 @@ const MEMORY_MIN: ByteCount = ByteCount(64 << 20);
 const DEFAULT_HOOK_TIMEOUT: Duration = Duration::from_secs(10);
 /// A hook holds up a switchover: longer than this is a mistake.
 const HOOK_TIMEOUT_S_MAX: u64 = 300;
+/// How an address for metrics is written.
+const METRICS_EXAMPLE: &str = "127.0.0.1:9464";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -49,6 +52,8 @@ pub(super) struct Typed {
     pub(super) limits: LimitsTyped,
     #[serde(default)]
     pub(super) hooks: HooksTyped,
+    #[serde(default)]
+    pub(super) metrics: MetricsTyped,
 }
 
 #[derive(Deserialize)]
@@ -259,5 +264,18 @@ impl HooksTyped {
                 None => DEFAULT_HOOK_TIMEOUT,
             },
         })
+    }
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MetricsTyped {
+    listen: Option<Spanned<String>>,
+}
+
+impl MetricsTyped {
+    pub(super) fn meaning(&self, source: &Source<'_>) -> Result<Option<SocketAddr>, ConfigError> {
+        let address = |text: &String| parse_listen(text, METRICS_EXAMPLE);
+        self.listen.as_ref().map(|listen| source.checked(listen, address)).transpose()
     }
 }

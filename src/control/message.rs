@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
 use super::limits::{JobLimits, LimitRequest, Limits};
+use super::metrics::Metric;
 use crate::calendar::RateCalendar;
 use crate::migration::handover::Choice;
 use crate::migration::journal::Role;
@@ -20,6 +21,8 @@ use crate::migration::{Completed, Progress};
 pub enum Request {
     /// Everything worth knowing at a glance.
     Status,
+    /// All numbers, for monitoring.
+    Metrics,
     /// Who this agent is to others.
     Whoami,
     /// Who answers at an address; nothing is stored.
@@ -209,6 +212,8 @@ pub enum Reply {
     Completed(Box<Completed>),
     /// The caps that hold.
     Limits(Box<Limits>),
+    /// All numbers.
+    Metrics(Vec<Metric>),
     /// Everything worth knowing.
     Status(Box<Status>),
 }

@@ -17,6 +17,7 @@ mod failure;
 mod limits;
 mod line;
 mod message;
+mod metrics;
 
 pub use crate::migration::chain;
 pub use client::{Call, CallError, call};
@@ -29,6 +30,7 @@ pub use message::{
     MoveRequest, OwnIdentity, PeerSummary, Reply, Request, Response, Status, VmDetail, VmSource,
     VmSummary,
 };
+pub use metrics::{METRICS_MEDIA_TYPE, Metric, MetricKind, Sample, metrics_text};
 
 /// Version of this language; raised when an old command or agent would misread the new one.
 pub const VERSION: u16 = 1;

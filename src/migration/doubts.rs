@@ -4,11 +4,12 @@
 //! or not known to be known at the other, until its journal has ended; one entry for each attempt.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use super::handover::Choice;
+use super::handover::{Choice, Conflict};
 use super::journal::Role;
 use super::message::JobId;
 
@@ -39,7 +40,14 @@ pub(super) struct Word {
 
 /// All of a host's.
 #[derive(Debug, Clone, Default)]
-pub struct Doubts(Arc<Mutex<HashMap<JobId, Known>>>);
+pub struct Doubts(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    table: Mutex<HashMap<JobId, Known>>,
+    ran_twice: AtomicU64,
+    runs_nowhere: AtomicU64,
+}
 
 #[derive(Debug)]
 struct Known {
@@ -67,6 +75,23 @@ impl Doubts {
     /// Whether somebody settles this attempt.
     pub fn contains(&self, job: JobId) -> bool {
         self.table().contains_key(&job)
+    }
+
+    /// How often two journals that met have found this conflict, in the life of this agent.
+    pub fn conflicts(&self, conflict: Conflict) -> u64 {
+        self.count(conflict).load(Ordering::Relaxed)
+    }
+
+    /// Two journals that met have found a conflict.
+    pub(super) fn count_conflict(&self, conflict: Conflict) {
+        self.count(conflict).fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn count(&self, conflict: Conflict) -> &AtomicU64 {
+        match conflict {
+            Conflict::RanTwice => &self.0.ran_twice,
+            Conflict::RunsNowhere => &self.0.runs_nowhere,
+        }
     }
 
     /// Passes the operator's word on the VM to whoever settles its hand-over; gives what came of it,
@@ -109,7 +134,7 @@ impl Doubts {
 
     fn table(&self) -> MutexGuard<'_, HashMap<JobId, Known>> {
         // Whole after every operation.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -3,6 +3,7 @@
 //! Invariant: whoever waits on the link is woken when it is lost or the target gives up; nothing in
 //! here waits for a peer without that way out.
 
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tokio::task::JoinHandle;
 
 use super::error::MigrationError;
 use super::message::{BulkHeader, ToSource, ToTarget};
+use super::meter::RecentRate;
 use super::report::{ClassReport, LinkReport};
 
 /// Answers of the target that nobody has read yet; more is a protocol error of the peer's.
@@ -57,6 +59,8 @@ pub(super) struct Link {
     rounds: AtomicU32,
     disk_items: AtomicU64,
     memory_items: AtomicU64,
+    /// Index with [`Class::index`].
+    goodput: std::sync::Mutex<[RecentRate; Class::ALL.len()]>,
     reader: JoinHandle<()>,
 }
 
@@ -91,6 +95,7 @@ impl Link {
             rounds: AtomicU32::new(0),
             disk_items: AtomicU64::new(0),
             memory_items: AtomicU64::new(0),
+            goodput: std::sync::Mutex::default(),
             reader,
         })
     }
@@ -122,11 +127,12 @@ impl Link {
         path.cwnd as f64 / path.rtt.as_secs_f64().max(MIN_RTT_S) * CARRIED_SHARE
     }
 
-    /// What the link has carried and cost so far.
-    pub(super) fn report(&self) -> LinkReport {
+    /// What the link has carried and cost in the `at_ms` milliseconds since the start.
+    pub(super) fn report(&self, at_ms: u64) -> LinkReport {
         let path = self.session.stats();
         let ms = |time: Duration| time.as_secs_f64() * 1000.0;
         let classes = Class::ALL.into_iter().zip(path.classes).rev();
+        let mut goodput = self.goodput.lock().unwrap_or_else(PoisonError::into_inner);
         LinkReport {
             wire_bytes_sent: path.wire_bytes_sent,
             wire_bytes_received: path.wire_bytes_received,
@@ -147,6 +153,7 @@ impl Link {
                     sent_bytes: bytes.sent,
                     arrived_bytes: bytes.acked,
                     received_bytes: bytes.received,
+                    goodput_bits_per_s: goodput[class.index()].bits_per_s(at_ms, bytes.acked),
                 })
                 .collect(),
         }

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::report::{Completed, Downtime, Phase, PhaseReport, Progress, Saved};
 
-/// Time over which the wire rate is taken.
+/// Time over which a rate is taken.
 const RATE_WINDOW_MS: u64 = 3_000;
 /// Samples kept for it; more than one a tick never come.
 const RATE_SAMPLES_MAX: usize = 256;
@@ -39,6 +39,12 @@ struct State {
     saved: Saved,
     notes: Vec<String>,
     note: Option<String>,
+    wire_rate: RecentRate,
+}
+
+/// The rate of a count over the last seconds.
+#[derive(Debug, Default)]
+pub(super) struct RecentRate {
     samples: VecDeque<(u64, u64)>,
 }
 
@@ -57,7 +63,7 @@ impl Meter {
             saved: Saved::default(),
             notes: Vec::new(),
             note: None,
-            samples: VecDeque::new(),
+            wire_rate: RecentRate::default(),
         };
         Self { vm: vm.to_owned(), peer: peer.to_owned(), state: Mutex::new(state) }
     }
@@ -144,18 +150,7 @@ impl Meter {
     /// What is to be shown now.
     pub(super) fn progress(&self, at_ms: u64, wire_bytes: u64) -> Progress {
         let mut state = self.state();
-        state.samples.push_back((at_ms, wire_bytes));
-        while state.samples.len() > RATE_SAMPLES_MAX
-            || state.samples.front().is_some_and(|&(at, _)| at + RATE_WINDOW_MS < at_ms)
-        {
-            state.samples.pop_front();
-        }
-        let rate = match (state.samples.front(), state.samples.back()) {
-            (Some(&(from, first)), Some(&(to, last))) if to > from => {
-                last.saturating_sub(first) * 8 * 1000 / (to - from)
-            }
-            _ => 0,
-        };
+        let rate = state.wire_rate.bits_per_s(at_ms, wire_bytes);
         let total = state.expected_bytes.max(state.current.payload_bytes);
         let spent_ms = at_ms.saturating_sub(state.began_ms);
         let done = state.current.payload_bytes;
@@ -207,6 +202,25 @@ impl Meter {
             payload_bytes: state.done.iter().map(|(_, report)| report.payload_bytes).sum(),
             notes: state.notes.clone(),
             link: None,
+        }
+    }
+}
+
+impl RecentRate {
+    /// The rate, now that so many bytes are counted in all.
+    pub(super) fn bits_per_s(&mut self, at_ms: u64, bytes: u64) -> u64 {
+        let samples = &mut self.samples;
+        samples.push_back((at_ms, bytes));
+        while samples.len() > RATE_SAMPLES_MAX
+            || samples.front().is_some_and(|&(at, _)| at + RATE_WINDOW_MS < at_ms)
+        {
+            samples.pop_front();
+        }
+        match (samples.front(), samples.back()) {
+            (Some(&(from, first)), Some(&(to, last))) if to > from => {
+                last.saturating_sub(first) * 8 * 1000 / (to - from)
+            }
+            _ => 0,
         }
     }
 }

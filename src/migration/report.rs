@@ -106,6 +106,10 @@ pub struct ClassReport {
     pub arrived_bytes: u64,
     /// Bytes received.
     pub received_bytes: u64,
+    /// Bits of those that arrived, a second: of the last seconds while the job runs, of all its time in
+    /// its report.
+    #[serde(default)]
+    pub goodput_bits_per_s: u64,
 }
 
 /// What moved in one phase.

@@ -383,7 +383,11 @@ impl Attempt<'_> {
 
     fn complete(&self, downtime: Option<Downtime>) -> Completed {
         let report = self.meter.complete(self.at_ms(), self.link.wire_bytes(), downtime);
-        Completed { link: Some(Box::new(self.link.report())), ..report }
+        let mut link = self.link.report(report.total_ms);
+        for class in &mut link.classes {
+            class.goodput_bits_per_s = class.arrived_bytes * 8000 / report.total_ms.max(1);
+        }
+        Completed { link: Some(Box::new(link)), ..report }
     }
 
     /// Gives the guest back and says so to the peer.
@@ -431,7 +435,7 @@ impl Attempt<'_> {
 
     fn progress(&self) -> Progress {
         let mut progress = self.meter.progress(self.at_ms(), self.link.wire_bytes());
-        progress.link = Some(Box::new(self.link.report()));
+        progress.link = Some(Box::new(self.link.report(progress.elapsed_ms)));
         if let Some(down) = self.link.down_for() {
             let (down_s, patience_s) = (down.as_secs(), self.site.link_patience.as_secs());
             progress.note = Some(format!(

@@ -46,7 +46,7 @@ pub use identity::{Identity, IdentityError, KEY_FILE};
 pub use inbox::{Batch, INBOUND_BULK_BYTES, INBOUND_URGENT_BYTES};
 pub use keeper::MAX_SESSIONS_OF_A_PEER;
 pub use rate::{BURST, JobRate, RateLimiter};
-pub use session::{PeerInfo, RecvError, SendError, Session};
+pub use session::{PeerInfo, RecvError, SendError, Session, SessionView};
 pub use stats::{ClassBytes, IPV4_UDP_HEADER, IPV6_UDP_HEADER, PathStats};
 pub use tls::TlsError;
 pub use trust::{Trust, TrustedPeers};

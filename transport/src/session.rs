@@ -213,6 +213,11 @@ impl Session {
         self.0.link.stats()
     }
 
+    /// Looks at this session from now on without keeping it.
+    pub fn view(&self) -> SessionView {
+        SessionView(self.0.link.clone())
+    }
+
     /// Closes the session because all is done. What is still under way is dropped, so finish the
     /// control stream or have the peer's last answer first.
     pub fn close(&self, reason: &str) {
@@ -236,6 +241,27 @@ impl Session {
     /// Why the session ended, if it did.
     pub fn close_reason(&self) -> Option<CloseReason> {
         self.0.link.end_reason()
+    }
+}
+
+/// Looks at a session, also after it has ended; it ends as if nobody looked.
+#[derive(Debug, Clone)]
+pub struct SessionView(Arc<Link>);
+
+impl SessionView {
+    /// As [`Session::stats`].
+    pub fn stats(&self) -> PathStats {
+        self.0.stats()
+    }
+
+    /// As [`Session::down_for`].
+    pub fn down_for(&self) -> Option<Duration> {
+        self.0.down_for()
+    }
+
+    /// As [`Session::closed`].
+    pub async fn closed(&self) -> CloseReason {
+        self.0.ended().await
     }
 }
 

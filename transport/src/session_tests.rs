@@ -133,6 +133,21 @@ async fn a_receive_that_is_dropped_loses_nothing() {
 }
 
 #[tokio::test]
+async fn who_looks_at_a_session_does_not_keep_it() {
+    let (from, to, _ends) = session().await;
+    let view = from.view();
+    from.send_batch_acked(Class::Pages, b"", vec![Bytes::from_static(b"page")]).await.unwrap();
+    let before = view.stats();
+    assert_eq!(before.class(Class::Pages), from.stats().class(Class::Pages));
+    drop(from);
+    assert!(matches!(view.closed().await, CloseReason::Local { .. }));
+    to.closed().await;
+    let after = view.stats();
+    assert_eq!(after.class(Class::Pages), before.class(Class::Pages));
+    assert!(after.wire_bytes_sent >= before.wire_bytes_sent);
+}
+
+#[tokio::test]
 async fn counts_that_cannot_be_are_refused() {
     for receipt in [
         Receipt::Seen(Seen { messages: 1, batches: 0 }, 0),

@@ -350,6 +350,7 @@ impl<'a> Leaving<'a> {
             SourceEffect::Shout(conflict) => {
                 let reason = self.state.answer.reason.as_deref().unwrap_or_default();
                 tracing::error!(vm = self.name, peer = self.peer, ?conflict, reason, "CONFLICT");
+                self.site.doubts.count_conflict(conflict);
                 self.state.conflict = Some(conflict);
             }
             SourceEffect::TooLate => {}

@@ -198,6 +198,7 @@ impl<'a> Arriving<'a> {
             }
             TargetEffect::Shout(conflict) => {
                 tracing::error!(vm = self.name, peer = self.peer, ?conflict, "CONFLICT");
+                self.site.doubts.count_conflict(conflict);
             }
             TargetEffect::End => {
                 if self.unwritten.is_none() {

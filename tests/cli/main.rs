@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+mod metrics;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -182,6 +184,7 @@ fn every_help_is_there() {
         "migrate",
         "watch",
         "status",
+        "metrics",
         "limit",
         "cancel",
     ];
@@ -624,6 +627,11 @@ fn a_job_belongs_to_the_agent_until_somebody_cancels_it() {
     watch.log.wait_for(&["The job goes on in the agent", "longhaul cancel db1"]);
     assert_eq!(watch.exit_code(), Some(130));
     assert_eq!(paris.json(&["status"])["jobs"][0]["kind"], "seed");
+    let values = metrics::parsed(&paris.ok(&["metrics"]));
+    let of_job = "{job=\"1\",kind=\"seed\",peer=\"lyon\",vm=\"db1\"}";
+    assert!(values.contains_key(&format!("longhaul_job_wire_bytes{of_job}")), "{values:#?}");
+    let cap = "longhaul_rate_limit_bytes_per_second{scope=\"job\",vm=\"db1\"}";
+    assert_eq!((values[cap], values["longhaul_vms{state=\"running\"}"]), (12_500.0, 1.0));
 
     // A cancel is seen by everybody who watches, and the guest runs on.
     let watch = Beside::start(&paris, &["watch", "db1"]);
@@ -668,7 +676,25 @@ fn a_vm_moves_and_its_left_overs_are_not_started() {
     assert_eq!(state(&lyon), "running");
     assert_eq!(paris.json(&["vm", "list"]), serde_json::json!([]));
     let recent = paris.json(&["status"])["recent"].clone();
-    assert_eq!(recent[0]["outcome"]["completed"]["vm"], "db1");
+    let completed = &recent[0]["outcome"]["completed"];
+    assert_eq!(completed["vm"], "db1");
+    let pages = &completed["link"]["classes"][2];
+    assert_eq!(pages["class"], "pages");
+    assert!(pages["goodput_bits_per_s"].as_u64().unwrap() > 0, "{completed:#}");
+
+    // The counters of both ends know of it.
+    let (here, there) = (paris.ok(&["metrics"]), lyon.ok(&["metrics"]));
+    let (here, there) = (metrics::parsed(&here), metrics::parsed(&there));
+    assert_eq!(here["longhaul_jobs_ended_total{kind=\"migrate\",outcome=\"completed\"}"], 1.0);
+    assert!(here["longhaul_migration_downtime_seconds_total"] > 0.0);
+    assert!(here["longhaul_last_migration_downtime_seconds{peer=\"lyon\",vm=\"db1\"}"] > 0.0);
+    assert!(!here.keys().any(|series| series.starts_with("longhaul_job_")), "{here:#?}");
+    // What is with the peer is what it has received, as far as its batches came whole.
+    let seed = here["longhaul_link_delivered_bytes_total{class=\"seed\",peer=\"lyon\"}"];
+    assert!(seed >= f64::from(4 << 20), "{seed}");
+    let received =
+        "longhaul_link_payload_bytes_total{class=\"seed\",direction=\"received\",peer=\"paris\"}";
+    assert!(there[received] >= seed, "{} of {seed}", there[received]);
 
     let file = paris.dir.path().join("db1.toml");
     let (code, _, err) = paris.run(&["vm", "start", file.to_str().unwrap()]);
