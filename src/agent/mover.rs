@@ -32,8 +32,8 @@ use crate::migration::{self, Attempts, Completed, MigrationError, Progress};
 const DOWNTIME_STRETCH: f64 = 10.0;
 /// Pre-copy that has not converged by then does not converge, if the job has no deadline.
 const DEADLINE_DEFAULT: Duration = Duration::from_secs(60 * 60);
-/// A seed over a link that was cut is tried again after this long, and at most so many times in a
-/// row without progress.
+/// A seed over a link that was cut, and a move whose peer has lost its memory of it, are tried again
+/// after this long, and at most so many times.
 const CUT_WAIT: Duration = Duration::from_secs(2);
 const CUTS_MAX: u32 = 30;
 /// Memory for the pages of one migration, as a share of what the operator allows.
@@ -124,7 +124,7 @@ impl MigrationMover {
         }
     }
 
-    /// One attempt after the other, as long as only the link fails and something moves.
+    /// One attempt after the other, as long as only the link or the peer's agent fails.
     async fn run(
         &self,
         job: &Job,
@@ -153,9 +153,10 @@ impl MigrationMover {
                 Ok(completed) => return Ok(completed),
                 Err(error) => error,
             };
-            // Nobody waits for a seed: a link that comes back is good enough.
-            let again = error.is_cut() && purpose == Purpose::Seed && cuts < CUTS_MAX;
-            if !again {
+            // Nobody waits for a seed: a link that comes back is good enough. And a peer whose agent was
+            // started anew is there: the guest runs on here, and what has arrived lies there.
+            let worthwhile = error.is_forgotten() || (error.is_cut() && purpose == Purpose::Seed);
+            if !worthwhile || cuts == CUTS_MAX {
                 return Err(failure(&job.vm, &error));
             }
             cuts += 1;
@@ -184,8 +185,7 @@ impl MigrationMover {
             session = dial.dial() => session,
             _ = cancel.cancelled() => return Err(MigrationError::Cancelled),
         };
-        let session = session
-            .map_err(|detail| MigrationError::Cut { peer: job.peer.name.clone(), detail })?;
+        let session = session.map_err(|detail| MigrationError::cut(&job.peer.name, detail))?;
         let cancelled = async {
             cancel.cancelled().await;
         };

@@ -31,6 +31,8 @@ pub enum MigrationError {
         peer: String,
         /// What was noticed.
         detail: String,
+        /// It was found again and does not know the session: its agent was started anew, or waited less.
+        forgotten: bool,
     },
     /// The peer failed before the hand-over.
     #[error("{peer} gave up: {reason}")]
@@ -128,6 +130,11 @@ impl MigrationError {
         matches!(self, Self::Cut { .. })
     }
 
+    /// Whether the peer can be reached and another attempt is all that is missing.
+    pub fn is_forgotten(&self) -> bool {
+        matches!(self, Self::Cut { forgotten: true, .. })
+    }
+
     pub(super) fn is_journal(&self) -> bool {
         matches!(self, Self::Journal { .. })
     }
@@ -136,8 +143,9 @@ impl MigrationError {
         Self::NotGivenBack { vm: vm.to_owned(), source: Box::new(self) }
     }
 
-    pub(super) fn cut(peer: &str, detail: impl ToString) -> Self {
-        Self::Cut { peer: peer.to_owned(), detail: detail.to_string() }
+    /// The link to `peer` was lost.
+    pub fn cut(peer: &str, detail: impl ToString) -> Self {
+        Self::Cut { peer: peer.to_owned(), detail: detail.to_string(), forgotten: false }
     }
 
     pub(super) fn protocol(peer: &str, detail: impl ToString) -> Self {

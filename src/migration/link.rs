@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use longhaul_transport::{Class, ControlReceiver, ControlSender, PathStats, Session};
+use longhaul_transport::{Class, CloseReason, ControlReceiver, ControlSender, PathStats, Session};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -265,6 +265,17 @@ impl Link {
 
     fn peer_failed(&self, reason: &str) -> MigrationError {
         MigrationError::Peer { peer: self.peer.clone(), reason: reason.to_owned() }
+    }
+
+    /// Says of an error whether it came of a peer that has forgotten the session.
+    pub(super) fn explain(&self, error: MigrationError) -> MigrationError {
+        match error {
+            MigrationError::Cut { peer, detail, .. } => {
+                let forgotten = self.session.close_reason() == Some(CloseReason::Forgotten);
+                MigrationError::Cut { peer, detail, forgotten }
+            }
+            other => other,
+        }
     }
 
     /// Ends the session.

@@ -393,7 +393,7 @@ impl Attempt<'_> {
     /// Gives the guest back and says so to the peer.
     async fn give_up(&self, dial: &dyn Dial, error: MigrationError) -> MigrationError {
         let abort = ToTarget::Abort { reason: error.to_string() };
-        let error = self.leaving(dial).abort(error).await;
+        let error = self.leaving(dial).abort(self.link.explain(error)).await;
         if let Err(error) = self.link.tell(&abort).await {
             tracing::debug!(%error, "the peer learns of the abort by the end of the session");
         }

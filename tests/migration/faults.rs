@@ -36,7 +36,7 @@ fn breaks(test: &str, fault: Fault, phases: &[(&str, u64)]) {
     };
     let setting = Setting { rate_mbit: 30, append, ..Setting::default() };
     let Some(mut stage) = Stage::with_guest(test, &setting) else { return };
-    if fault == Fault::Link {
+    if [Fault::Link, Fault::TargetAgent].contains(&fault) {
         stage.take_patience();
     }
     let mut sent_bytes = 0;
@@ -167,6 +167,42 @@ fn a_link_that_comes_back_is_waited_for() {
     let outcome = stage.outcome(job);
     assert!(outcome["completed"].is_object(), "{outcome:#}{}", stage.logs());
     stage.assert_moved();
+    stage.assert_well(Side::B);
+}
+
+/// A target whose agent is killed and started again has lost its memory of the job, and nothing that had
+/// arrived: the same job goes on.
+#[test]
+fn a_target_agent_that_is_started_again_is_gone_on_with() {
+    let setting = Setting { rate_mbit: 30, ..Setting::default() };
+    let Some(mut stage) = Stage::with_guest("again", &setting) else { return };
+    let job = stage.begin("migrate");
+    let mut sent_bytes = 0;
+    let mut last = Instant::now();
+    for (phase, bytes) in [SEED, PRE_COPY] {
+        let progress = stage.until(job, phase, bytes);
+        if phase == "seed" {
+            sent_bytes = progress["wire_bytes"].as_u64().unwrap();
+        }
+        last = Instant::now();
+        stage.pair.kill(Side::B).unwrap();
+        stage.until_noted(job, "the link to b is down for");
+        stage.watch.wait_alive(Side::A).unwrap();
+        stage.pair.restart(&stage.wan, Side::B).unwrap();
+        stage.until_logged(Side::A, "trying again");
+    }
+    let outcome = stage.outcome(job);
+    let report = &outcome["completed"];
+    assert!(report.is_object(), "{outcome:#}{}", stage.logs());
+    let written = WRITING * last.elapsed().as_secs();
+    stage.assert_moved();
+    let known = report["saved"]["disk_known_bytes"].as_u64().unwrap();
+    assert!(known + IN_FLIGHT_BYTES >= sent_bytes, "of {sent_bytes} {known} were found");
+    // The disk had arrived whole when the guest's memory was on its way.
+    let seed = &report["phases"][0];
+    let wire = seed[1]["wire_bytes"].as_u64().unwrap();
+    eprintln!("{wire} of {} bytes were sent again", seed[1]["payload_bytes"]);
+    assert!(wire < IN_FLIGHT_BYTES + written, "{wire} bytes again: {report:#}");
     stage.assert_well(Side::B);
 }
 

@@ -1,5 +1,8 @@
 //! Disks that are sent ahead of time.
 
+use std::fs::File;
+use std::io::Read;
+
 use longhaul_bench::host::VM;
 use longhaul_bench::netns::Side;
 use serde_json::Value;
@@ -51,6 +54,47 @@ fn a_seed_is_forgotten_without_a_trace() {
     let _ = stage.pair.cancel();
     stage.outcome(job);
     let _ = stage.pair.ask(Side::A, &["seed", VM, "--forget"]);
+    stage.assert_untouched();
+    stage.finish(Side::A, None);
+}
+
+/// Bytes of a disk of which nothing can be spared.
+const RANDOM_BYTES: u64 = 256 << 20;
+/// What a fault may cost beside its time, whatever the size: 1 % of a gibibyte.
+const FAULT_BYTES: i64 = (1 << 30) / 100;
+
+/// A seed whose target's agent is killed in its middle goes on by itself when that is back, and sends
+/// again no more than what had not been written there.
+#[test]
+fn a_seed_outlives_its_targets_agent() {
+    let setting = Setting { rate_mbit: 200, append: "survivor.idle=1", ..Setting::default() };
+    let Some(mut stage) = Stage::empty("outlives", &setting) else { return };
+    let description = stage.description();
+    let mut image = File::options().append(true).open(stage.image(Side::A)).unwrap();
+    let mut random = File::open("/dev/urandom").unwrap().take(RANDOM_BYTES);
+    std::io::copy(&mut random, &mut image).unwrap();
+    stage.pair.start_described(&description).unwrap();
+    stage.watch.wait_ready(Side::A).unwrap();
+
+    let job = stage.begin("seed");
+    stage.until_sent(job, RANDOM_BYTES / 2);
+    stage.pair.kill(Side::B).unwrap();
+    stage.until_noted(job, "the link to b is down for");
+    let before = stage.until_sent(job, 0)["wire_bytes"].as_u64().unwrap();
+    stage.pair.restart(&stage.wan, Side::B).unwrap();
+    let outcome = stage.outcome(job);
+    assert!(outcome["completed"].is_object(), "{outcome:#}{}", stage.logs());
+    let after = disk_wire(&outcome["completed"]);
+
+    // The same without a fault, to a target that has nothing.
+    stage.pair.ask(Side::A, &["seed", VM, "--forget"]).unwrap();
+    let images = stage.pair.images(Side::B);
+    files(&images).iter().for_each(|name| std::fs::remove_file(images.join(name)).unwrap());
+    let plain = disk_wire(&stage.pair.seed().unwrap()["completed"]);
+    let more = (before + after) as i64 - plain as i64;
+    eprintln!("{before} bytes before, {after} after, {plain} without a fault: {more} more");
+    assert!(more < FAULT_BYTES, "{outcome:#}{}", stage.logs());
+    stage.pair.ask(Side::A, &["seed", VM, "--forget"]).unwrap();
     stage.assert_untouched();
     stage.finish(Side::A, None);
 }

@@ -175,6 +175,14 @@ impl Stage {
         })
     }
 
+    /// Waits until the job has cost that much on the wire; gives its progress.
+    pub(crate) fn until_sent(&self, job: u64, wire_bytes: u64) -> Value {
+        let what = format!("{wire_bytes} bytes on the wire");
+        self.until_progress(job, &what, |progress| {
+            progress["wire_bytes"].as_u64().unwrap() >= wire_bytes
+        })
+    }
+
     /// Waits until the job's progress has a note with these words in it.
     pub(crate) fn until_noted(&self, job: u64, words: &str) {
         self.until_progress(job, words, |progress| {

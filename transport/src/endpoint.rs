@@ -1,16 +1,16 @@
 //! The endpoint: one UDP socket that connects to agents and is connected to.
 //!
-//! Invariant: handshakes run side by side in bounded number and bounded time, so no peer, however
-//! slow or hostile, keeps another from being accepted.
+//! Invariant: what an endpoint has opened ends with it.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use quinn::{AsyncUdpSocket, EndpointConfig, Incoming};
-use tokio::sync::{Semaphore, mpsc};
+use quinn::{AsyncUdpSocket, EndpointConfig};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use crate::accept::accept_all;
 use crate::close::CloseCode;
 use crate::dial::Dial;
 use crate::errors::{BindError, ConnectError};
@@ -19,11 +19,11 @@ use crate::frame::{Hello, PROTOCOL_VERSION, Seen, SessionId};
 use crate::greeting::{self, GreetingError};
 use crate::home::Home;
 use crate::identity::Identity;
-use crate::keeper::{Arrival, Registry, Role};
+use crate::keeper::{Registry, Role};
 use crate::link::Line;
 use crate::pace::{PacedSocket, Place};
 use crate::reset::{self, ResetKey};
-use crate::session::{Session, canonical};
+use crate::session::Session;
 use crate::socket;
 use crate::tls::{self, Expect, Presented};
 use crate::trust::Trust;
@@ -31,8 +31,6 @@ use crate::tuning::Tuning;
 
 /// Handshakes of incoming connections that run at a time; more are refused.
 pub const MAX_PENDING_HANDSHAKES: usize = 64;
-/// From this many on, a peer must first show that it receives at the address it sends from.
-const RETRY_FROM: usize = MAX_PENDING_HANDSHAKES / 2;
 /// Sessions that wait for [`Endpoint::accept`].
 pub const ACCEPT_BACKLOG: usize = 16;
 /// Time for a handshake and the greetings, on either side.
@@ -44,13 +42,13 @@ const CLOSE_TIME: Duration = Duration::from_secs(2);
 pub(crate) struct Shared {
     pub(crate) quic: quinn::Endpoint,
     pub(crate) identity: Identity,
-    trust: Arc<dyn Trust>,
+    pub(crate) trust: Arc<dyn Trust>,
     /// The greeting, without a session.
     pub(crate) hello: Hello,
-    server: quinn::ServerConfig,
+    pub(crate) server: quinn::ServerConfig,
     pub(crate) transport: Arc<quinn::TransportConfig>,
     pub(crate) tuning: Tuning,
-    registry: Arc<Registry>,
+    pub(crate) registry: Arc<Registry>,
     pub(crate) home: Arc<Home>,
 }
 
@@ -266,7 +264,7 @@ impl Shared {
     }
 
     /// Makes a session of a connection whose greeting is done.
-    fn session(
+    pub(crate) fn session(
         &self,
         (connection, place): (quinn::Connection, Arc<Place>),
         peer: Fingerprint,
@@ -277,130 +275,6 @@ impl Shared {
         let line = Arc::new(Line::first(connection, place));
         Session::begin(self, line, peer, theirs, control, role)
     }
-}
-
-/// Accepts until the endpoint closes. Every handshake is a task of its own.
-async fn accept_all(shared: Arc<Shared>, sessions: mpsc::Sender<Session>) {
-    let pending = Arc::new(Semaphore::new(MAX_PENDING_HANDSHAKES));
-    let mut handshakes = tokio::task::JoinSet::new();
-    loop {
-        let incoming = tokio::select! {
-            incoming = shared.quic.accept() => incoming,
-            Some(_) = handshakes.join_next() => continue,
-        };
-        let Some(incoming) = incoming else { return };
-        let Ok(place) = pending.clone().try_acquire_owned() else {
-            tracing::debug!(peer = %incoming.remote_address(), "too many handshakes, one refused");
-            incoming.refuse();
-            continue;
-        };
-        let running = MAX_PENDING_HANDSHAKES - pending.available_permits();
-        if running > RETRY_FROM && !incoming.remote_address_validated() && incoming.may_retry() {
-            // Fails only where no retry is allowed, which was just asked.
-            let _ = incoming.retry();
-            continue;
-        }
-        let (shared, sessions) = (shared.clone(), sessions.clone());
-        handshakes.spawn(async move {
-            let peer = canonical(incoming.remote_address());
-            if tokio::time::timeout(HANDSHAKE_TIMEOUT, accept_one(&shared, incoming, &sessions))
-                .await
-                .is_err()
-            {
-                tracing::debug!(%peer, "a handshake took too long");
-            }
-            drop(place);
-        });
-    }
-}
-
-async fn accept_one(shared: &Shared, incoming: Incoming, sessions: &mpsc::Sender<Session>) {
-    let peer = canonical(incoming.remote_address());
-    let presented = Presented::default();
-    let crypto = match tls::server(&shared.identity, shared.trust.clone(), presented.clone()) {
-        Ok(crypto) => crypto,
-        Err(error) => {
-            tracing::error!(%peer, %error, "cannot answer a peer");
-            incoming.refuse();
-            return;
-        }
-    };
-    let mut config = shared.server.clone();
-    config.crypto = Arc::new(crypto);
-    let (connecting, place) = Place::of_new(|| incoming.accept_with(Arc::new(config)));
-    let connected = match connecting {
-        Ok(connecting) => connecting.await,
-        Err(error) => Err(error),
-    };
-    let (connection, fingerprint) = match (connected, presented.get()) {
-        (Ok(connection), Some(fingerprint)) => (connection, fingerprint),
-        (Ok(connection), None) => {
-            connection.close(CloseCode::Refused.value(), b"no certificate was seen");
-            return;
-        }
-        (Err(_), Some(fingerprint)) if !shared.trust.is_trusted(&fingerprint) => {
-            tracing::warn!(
-                %fingerprint,
-                %peer,
-                "refused an agent that is not paired with this one; if it should be, run \
-                 `longhaul pair` here with this fingerprint"
-            );
-            return;
-        }
-        (Err(error), _) => {
-            tracing::debug!(%peer, %error, "a handshake failed");
-            return;
-        }
-    };
-    let heard = match greeting::hear(&connection, &shared.hello).await {
-        Ok(heard) => heard,
-        Err(GreetingError::Version { theirs }) => {
-            tracing::warn!(
-                %fingerprint,
-                %peer,
-                ours = shared.hello.protocol,
-                theirs,
-                "refused a paired agent that speaks another protocol version: install the same \
-                 release on both"
-            );
-            return;
-        }
-        Err(GreetingError::Lost(error)) => {
-            tracing::debug!(%fingerprint, %peer, %error, "a paired agent left before it greeted");
-            return;
-        }
-        Err(error) => {
-            tracing::warn!(%fingerprint, %peer, ?error, "a paired agent did not greet");
-            return;
-        }
-    };
-    let (mut send, recv, theirs) = heard;
-    let answer = shared.hello_of(theirs.session, None);
-    let made = (connection.clone(), place);
-    if let Some(seen) = theirs.goes_on {
-        let arrival = Arrival { made, control: (send, recv), seen, answer };
-        let known = shared.registry.find(fingerprint, theirs.session);
-        if known.is_none_or(|session| session.try_send(arrival).is_err()) {
-            connection.close(CloseCode::Forgotten.value(), b"this agent has no such session");
-        }
-        return;
-    }
-    let Some(registered) = shared.registry.enter(fingerprint, theirs.session) else {
-        tracing::warn!(%fingerprint, %peer, "a paired agent has too many sessions here");
-        connection.close(CloseCode::Busy.value(), b"you have too many sessions here");
-        return;
-    };
-    if let Err(error) = greeting::answer(&mut send, &answer).await {
-        tracing::debug!(%fingerprint, %peer, ?error, "a paired agent left over the greeting");
-        return;
-    }
-    // Room first: a session in the queue is one that will be taken.
-    let Ok(room) = sessions.reserve().await else {
-        connection.close(CloseCode::Shutdown.value(), b"the agent stops");
-        return;
-    };
-    let role = Role::Listener(registered);
-    room.send(shared.session(made, fingerprint, &theirs, (send, recv), role));
 }
 
 #[cfg(test)]

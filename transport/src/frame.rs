@@ -40,7 +40,7 @@ const KIND_RECEIPT: u8 = 4;
 /// Length of a batch's head: kind, class, number, offset, length.
 pub(crate) const BATCH_HEAD: usize = 1 + 1 + 8 + LENGTH_PREFIX + LENGTH_PREFIX;
 
-/// What is wrong with bytes that came from the peer, or too large to send to it.
+/// What is wrong with bytes that came from the peer, or did not come, or are too large to send to it.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum FrameError {
@@ -88,6 +88,12 @@ pub enum FrameError {
     Count {
         /// What is counted.
         what: &'static str,
+    },
+    /// Over a link that works nothing was said for longer than an agent is ever silent.
+    #[error("it has said nothing for {seconds} s, over a link that works")]
+    Silent {
+        /// So long.
+        seconds: u64,
     },
     /// The agent version in a greeting is not text.
     #[error("the agent version in the greeting is not printable text")]

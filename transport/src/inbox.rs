@@ -11,6 +11,7 @@ use bytes::{Bytes, BytesMut};
 use quinn::{Connection, ReadError, ReadExactError, RecvStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::class::Class;
 use crate::frame::{BATCH_HEAD, BatchHead, FrameError};
@@ -41,6 +42,8 @@ pub struct Batch {
 #[derive(Debug, Default)]
 struct Queues {
     arrived: [VecDeque<(Batch, OwnedSemaphorePermit)>; Class::ALL.len()],
+    /// When one was last taken while there was no room for more.
+    relieved: Option<Instant>,
     ended: bool,
 }
 
@@ -79,11 +82,28 @@ impl Inbox {
             .until(|queues| {
                 let most_urgent = queues.arrived.iter_mut().rev().find_map(VecDeque::pop_front);
                 match most_urgent {
-                    Some((batch, _room)) => Some(Some(batch)),
+                    Some((batch, _room)) => {
+                        if self.is_full() {
+                            queues.relieved = Some(Instant::now());
+                        }
+                        Some(Some(batch))
+                    }
                     None => queues.ended.then_some(None),
                 }
             })
             .await
+    }
+
+    /// When whole batches that nobody has taken last left no room for others, which is now if they do.
+    /// What has no room stays in QUIC's windows, and may keep the peer from saying anything.
+    pub(crate) fn was_full(&self) -> Option<Instant> {
+        let queues = self.queues.lock();
+        let waiting = queues.arrived.iter().any(|queue| !queue.is_empty());
+        if waiting && self.is_full() { Some(Instant::now()) } else { queues.relieved }
+    }
+
+    fn is_full(&self) -> bool {
+        [&self.bulk, &self.urgent].iter().any(|budget| budget.available_permits() == 0)
     }
 
     /// Bytes that bulk may still take.

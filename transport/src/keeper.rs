@@ -167,8 +167,8 @@ impl Work {
         let receipts = tokio::spawn({
             let link = link.clone();
             async move {
-                let opened = receipts::open(&line.connection, is_dialer).await;
-                let Ok((send, recv)) = opened else { return };
+                let opened = receipts::open(&link, &line.connection, is_dialer).await;
+                let Some((send, recv)) = opened else { return };
                 // Ends with the reader, which takes in all that has come.
                 tokio::select! {
                     biased;

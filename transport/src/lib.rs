@@ -1,5 +1,6 @@
 #![doc = include_str!("../PROTOCOL.md")]
 
+mod accept;
 mod bit_rate;
 mod class;
 mod close;
@@ -46,6 +47,7 @@ pub use identity::{Identity, IdentityError, KEY_FILE};
 pub use inbox::{Batch, INBOUND_BULK_BYTES, INBOUND_URGENT_BYTES};
 pub use keeper::MAX_SESSIONS_OF_A_PEER;
 pub use rate::{BURST, JobRate, RateLimiter};
+pub use receipts::STALL_TIMEOUT;
 pub use session::{PeerInfo, RecvError, SendError, Session, SessionView};
 pub use stats::{ClassBytes, IPV4_UDP_HEADER, IPV6_UDP_HEADER, PathStats};
 pub use tls::TlsError;

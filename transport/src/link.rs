@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::close::{CloseCode, CloseReason, short};
 use crate::control::Messages;
-use crate::frame::{FrameError, Seen};
+use crate::frame::{FrameError, Receipt, Seen};
 use crate::home::Home;
 use crate::inbox::Inbox;
 use crate::outbox::Outbox;
@@ -239,9 +239,10 @@ impl Link {
         self.state.lock().patience()
     }
 
-    /// How long this end would be without a connection, as it is told to the peer.
-    pub(crate) fn own_patience_ms(&self) -> u64 {
-        u64::try_from(self.state.lock().patience[0].as_millis()).unwrap_or(u64::MAX)
+    /// What the peer is told about how much is here, and how long this end would be without a connection.
+    pub(crate) fn seen_receipt(&self) -> Receipt {
+        let patience = self.state.lock().patience[0];
+        Receipt::Seen(self.seen(), u64::try_from(patience.as_millis()).unwrap_or(u64::MAX))
     }
 
     pub(crate) fn set_patience(&self, patience: Duration) {

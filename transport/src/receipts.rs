@@ -4,17 +4,22 @@
 //! QUIC has; and a receipt is kept until the sender has it. So a lost connection loses no batch, and
 //! none is handed out twice.
 //!
+//! They are an end's sign of life too: QUIC keeps a connection alive for a peer that does nothing any
+//! more, and one that holds a session's memory for nothing is to be told from one whose batches wait.
+//!
 //! When a session goes on over another connection, each end first repeats the receipts that the other
 //! does not have, and then says which parts of batches it holds ([`Receipt::Parts`]): what follows is
 //! sent again from there.
 
 use std::convert::Infallible;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use quinn::{Connection, ReadExactError, RecvStream, SendStream};
 use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::frame::{FrameError, LENGTH_PREFIX, Receipt};
 use crate::kept::Kept;
@@ -24,6 +29,12 @@ use crate::link::{Line, Link};
 const KEPT_MAX: usize = 1 << 14;
 /// The peer is told how much has arrived after so many receipts.
 const TELL_AFTER: u64 = 64;
+/// Each end says something at least this often. Its batches may stand still for hours, where a cap is
+/// shared with more urgent ones of other jobs.
+const SAY: Duration = Duration::from_secs(20);
+/// A peer that says nothing for so long, over a link that works and with room here for all that it has
+/// sent, is dropped. Longer than any cut goes unnoticed ([`IDLE_TIMEOUT_MAX`](crate::IDLE_TIMEOUT_MAX)).
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 /// Receipts written at a time.
 const AT_ONCE: usize = 64;
 
@@ -124,9 +135,8 @@ impl Writer {
             tokio::select! {
                 biased;
                 1.. = self.0.recv_many(&mut receipts, AT_ONCE) => {}
-                () = link.receipts.due.notified() => {
-                    receipts.push(Receipt::Seen(link.seen(), link.own_patience_ms()));
-                }
+                () = link.receipts.due.notified() => receipts.push(link.seen_receipt()),
+                () = sleep(SAY) => receipts.push(link.seen_receipt()),
             }
             let bytes: Vec<u8> = receipts.drain(..).flat_map(|one| one.encode()).collect();
             if stream.write_all(&bytes).await.is_err() {
@@ -152,7 +162,7 @@ async fn read_all(
 ) -> Result<(), FrameError> {
     let receipts = &link.receipts;
     let mut told = receipts.received();
-    while let Some(receipt) = next(&mut stream).await? {
+    while let Some(receipt) = in_time(link, next(&mut stream)).await?? {
         match receipt {
             Receipt::Batch(number) => {
                 let received = receipts.received.fetch_add(1, Ordering::Relaxed) + 1;
@@ -202,14 +212,42 @@ fn filled(read: Result<(), ReadExactError>) -> Result<bool, FrameError> {
     }
 }
 
-/// The stream of receipts of a connection, opened by the side that opened the connection.
+/// What comes of `waiting`, if the peer does not stall.
+async fn in_time<T>(link: &Link, waiting: impl Future<Output = T>) -> Result<T, FrameError> {
+    let mut waiting = pin!(waiting);
+    let mut since = Instant::now();
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut waiting => return Ok(done),
+            () = sleep_until(since + STALL_TIMEOUT) => {}
+        }
+        match link.inbox.was_full() {
+            Some(full) if full > since => since = full,
+            _ => return Err(FrameError::Silent { seconds: STALL_TIMEOUT.as_secs() }),
+        }
+    }
+}
+
+/// The stream of receipts of a connection, opened by the side that opened the connection; `None` if
+/// there will be none.
 pub(crate) async fn open(
+    link: &Link,
     connection: &Connection,
     is_dialer: bool,
-) -> Result<(SendStream, RecvStream), quinn::ConnectionError> {
-    let (send, recv) =
-        if is_dialer { connection.open_bi().await? } else { connection.accept_bi().await? };
-    // Fails only if the stream is closed; what is written then says so.
-    let _ = send.set_priority(crate::control::CONTROL_PRIORITY);
-    Ok((send, recv))
+) -> Option<(SendStream, RecvStream)> {
+    let opening =
+        async { if is_dialer { connection.open_bi().await } else { connection.accept_bi().await } };
+    match in_time(link, opening).await {
+        Ok(opened) => {
+            let (send, recv) = opened.ok()?;
+            // Fails only if the stream is closed; what is written then says so.
+            let _ = send.set_priority(crate::control::CONTROL_PRIORITY);
+            Some((send, recv))
+        }
+        Err(error) => {
+            link.violation(connection, &error);
+            None
+        }
+    }
 }

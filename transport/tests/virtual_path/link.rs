@@ -70,11 +70,11 @@ impl Line {
         let [there, back] = self.ways.each_ref().map(Direction::new);
         let addr = |host: u8| SocketAddr::from(([192, 0, 2, host], 4433));
         let (near, far) = (addr(2 * nth + 1), addr(2 * nth + 2));
-        let end = |addr, peer, out, into| {
+        let end = |addr, out, into| {
             let timer = Mutex::new(Box::pin(tokio::time::sleep(Duration::ZERO)));
-            Arc::new(End { addr, peer, out, into, timer })
+            Arc::new(End { addr: Mutex::new(addr), out, into, timer })
         };
-        (end(near, far, there.clone(), back.clone()), end(far, near, back, there))
+        (end(near, there.clone(), back.clone()), end(far, back, there))
     }
 }
 
@@ -87,10 +87,17 @@ impl Way {
     }
 }
 
+struct Packet {
+    arrival: Instant,
+    from: SocketAddr,
+    to: SocketAddr,
+    bytes: Vec<u8>,
+}
+
 /// One direction, for one pair of ends.
 struct Direction {
     way: Arc<Mutex<Way>>,
-    under_way: VecDeque<(Instant, Vec<u8>)>,
+    under_way: VecDeque<Packet>,
     reader: Option<Waker>,
     tally: Tally,
     departures: Vec<(Instant, u64)>,
@@ -107,16 +114,16 @@ impl Direction {
         }))
     }
 
-    fn send(&mut self, packet: &[u8]) {
+    fn send(&mut self, from: SocketAddr, to: SocketAddr, packet: &[u8]) {
         let bytes = packet.len() as u32 + HEADER;
         self.tally.offered += 1;
         self.tally.offered_bytes += u64::from(bytes);
         self.departures.push((Instant::now(), u64::from(bytes)));
         let offered = lock(&self.way).offer(bytes);
         match offered {
-            Ok(at) => {
+            Ok(arrival) => {
                 self.tally.delivered_bytes += u64::from(bytes);
-                self.under_way.push_back((at, packet.to_vec()));
+                self.under_way.push_back(Packet { arrival, from, to, bytes: packet.to_vec() });
                 if let Some(reader) = self.reader.take() {
                     reader.wake();
                 }
@@ -132,8 +139,7 @@ impl Direction {
 
 /// One end of the link.
 pub(crate) struct End {
-    addr: SocketAddr,
-    peer: SocketAddr,
+    addr: Mutex<SocketAddr>,
     out: Arc<Mutex<Direction>>,
     into: Arc<Mutex<Direction>>,
     timer: Mutex<Pin<Box<Sleep>>>,
@@ -145,7 +151,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl End {
     pub(crate) fn addr(&self) -> SocketAddr {
-        self.addr
+        *lock(&self.addr)
+    }
+
+    /// Gives this end another address, without a word to whoever uses it, as a NAT or an uplink does.
+    /// What is on its way to the old one is lost.
+    pub(crate) fn move_to(&self, addr: SocketAddr) {
+        *lock(&self.addr) = addr;
     }
 
     /// Loses everything in both directions from now on.
@@ -185,7 +197,7 @@ impl End {
 
 impl fmt::Debug for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("End").field("addr", &self.addr).finish_non_exhaustive()
+        f.debug_struct("End").field("addr", &self.addr()).finish_non_exhaustive()
     }
 }
 
@@ -205,10 +217,7 @@ impl AsyncUdpSocket for End {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let mut out = lock(&self.out);
-        if transmit.destination == self.peer {
-            out.send(transmit.contents);
-        }
+        lock(&self.out).send(self.addr(), transmit.destination, transmit.contents);
         Ok(())
     }
 
@@ -222,15 +231,18 @@ impl AsyncUdpSocket for End {
         let now = Instant::now();
         let mut received = 0;
         while received < bufs.len().min(meta.len()) {
-            if into.under_way.front().is_none_or(|(arrival, _)| *arrival > now) {
+            if into.under_way.front().is_none_or(|packet| packet.arrival > now) {
                 break;
             }
-            let Some((_, packet)) = into.under_way.pop_front() else { break };
-            bufs[received][..packet.len()].copy_from_slice(&packet);
+            let Some(Packet { from, to, bytes, .. }) = into.under_way.pop_front() else { break };
+            if to != self.addr() {
+                continue;
+            }
+            bufs[received][..bytes.len()].copy_from_slice(&bytes);
             meta[received] = RecvMeta {
-                addr: self.peer,
-                len: packet.len(),
-                stride: packet.len(),
+                addr: from,
+                len: bytes.len(),
+                stride: bytes.len(),
                 ..RecvMeta::default()
             };
             received += 1;
@@ -239,7 +251,7 @@ impl AsyncUdpSocket for End {
             return Poll::Ready(Ok(received));
         }
         into.reader = Some(cx.waker().clone());
-        if let Some(&(arrival, _)) = into.under_way.front() {
+        if let Some(&Packet { arrival, .. }) = into.under_way.front() {
             let mut timer = lock(&self.timer);
             timer.as_mut().reset(arrival);
             // Ready only if the clock has moved on since: poll again then.
@@ -251,7 +263,7 @@ impl AsyncUdpSocket for End {
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
-        Ok(self.addr)
+        Ok(self.addr())
     }
 
     fn may_fragment(&self) -> bool {

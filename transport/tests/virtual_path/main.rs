@@ -9,8 +9,12 @@ mod cubic;
 mod cuts;
 mod grid;
 mod link;
+mod moves;
 mod pair;
+#[path = "../hostile/raw.rs"]
+mod raw;
 mod sharing;
+mod stalls;
 mod tcp;
 
 use std::time::Duration;
