@@ -1,0 +1,69 @@
+//! What compression makes of the missing bytes, and what processor time anything takes.
+
+use std::io::{self, Write};
+use std::ops::Range;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+use super::image::Image;
+
+/// Matches are looked for this far back: 128 MiB, what `zstd --long=27` means.
+const WINDOW_LOG: u32 = 27;
+
+/// Compressed bytes and what they cost.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Coded {
+    /// Bytes.
+    pub bytes: u64,
+    /// Seconds of processor time.
+    pub cpu_s: f64,
+}
+
+/// Processor time that this thread has had.
+pub fn thread_cpu() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
+}
+
+/// Calls `work`; gives its result and the seconds of processor time that it took.
+pub fn timed<T>(work: impl FnOnce() -> T) -> (T, f64) {
+    let before = thread_cpu();
+    let result = work();
+    (result, (thread_cpu() - before).as_secs_f64())
+}
+
+/// A writer that only counts.
+#[derive(Debug, Default)]
+struct Count(u64);
+
+impl Write for Count {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Compresses ranges of an image's data as one stream, across whatever lies between them.
+///
+/// # Errors
+///
+/// When the encoder has no memory.
+pub fn compress(image: &Image, ranges: &[Range<usize>], level: i32) -> Result<Coded> {
+    let (bytes, cpu_s) = timed(|| -> io::Result<u64> {
+        let mut encoder = zstd::Encoder::new(Count::default(), level)?;
+        encoder.window_log(WINDOW_LOG)?;
+        encoder.long_distance_matching(true)?;
+        for range in ranges {
+            encoder.write_all(&image.data()[range.clone()])?;
+        }
+        Ok(encoder.finish()?.0)
+    });
+    Ok(Coded { bytes: bytes.context("while compressing")?, cpu_s })
+}
