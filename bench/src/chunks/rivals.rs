@@ -118,9 +118,8 @@ impl Job<'_> {
     fn casync(&self) -> Result<Coded> {
         let store = self.folder.join("store.castr");
         let make = |image: &Path, index: &str| {
-            // casync tells a blob from an archive by what it is given: a path that is a plain file.
             let mut command = Command::new("casync");
-            command.arg("make").arg("--what=blob").arg("--store").arg(&store);
+            command.arg("make").arg("--what=blob-index").arg("--store").arg(&store);
             command.arg(self.folder.join(index)).arg(image);
             timed(&mut command)
         };
