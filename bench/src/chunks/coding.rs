@@ -13,6 +13,9 @@ use super::image::Image;
 /// Matches are looked for this far back: 128 MiB, what `zstd --long=27` means.
 const WINDOW_LOG: u32 = 27;
 
+/// Bytes of a frame by itself, as the engine made them before it had windows.
+const FRAME_BYTES: usize = 1 << 20;
+
 /// Compressed bytes and what they cost.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Coded {
@@ -66,4 +69,49 @@ pub fn compress(image: &Image, ranges: &[Range<usize>], level: i32) -> Result<Co
         Ok(encoder.finish()?.0)
     });
     Ok(Coded { bytes: bytes.context("while compressing")?, cpu_s })
+}
+
+/// Compresses ranges of an image's data in frames of 1 MiB that know nothing of each other.
+///
+/// # Errors
+///
+/// When the encoder has no memory.
+pub fn compress_in_frames(image: &Image, ranges: &[Range<usize>], level: i32) -> Result<Coded> {
+    let (bytes, cpu_s) = timed(|| -> io::Result<u64> {
+        let mut compressor = zstd::bulk::Compressor::new(level)?;
+        let mut frame = Vec::with_capacity(FRAME_BYTES);
+        let mut bytes = 0;
+        for range in ranges {
+            let mut rest = &image.data()[range.clone()];
+            while !rest.is_empty() {
+                let (head, tail) = rest.split_at(rest.len().min(FRAME_BYTES - frame.len()));
+                frame.extend_from_slice(head);
+                rest = tail;
+                if frame.len() == FRAME_BYTES {
+                    bytes += compressor.compress(&frame)?.len() as u64;
+                    frame.clear();
+                }
+            }
+        }
+        Ok(bytes + compressor.compress(&frame)?.len() as u64)
+    });
+    Ok(Coded { bytes: bytes.context("while compressing")?, cpu_s })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_sees_what_a_frame_does_not() {
+        let mut bytes = vec![0; 4 << 20];
+        blake3::Hasher::new().finalize_xof().fill(&mut bytes[..2 << 20]);
+        bytes.copy_within(..2 << 20, 2 << 20);
+        let image = Image::of(&bytes);
+        let parts = [0..1 << 20, 1 << 20..4 << 20];
+        let long = compress(&image, &parts, 3).unwrap();
+        let frames = compress_in_frames(&image, &parts, 3).unwrap();
+        assert!(long.bytes < (2 << 20) + 100_000, "{long:?}");
+        assert!(frames.bytes >= 4 << 20, "{frames:?}");
+    }
 }

@@ -21,7 +21,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use self::coding::{Coded, compress, timed};
+use self::coding::{Coded, compress, compress_in_frames, timed};
 use self::image::Image;
 use self::rivals::Rival;
 use self::scheme::{Known, Scheme};
@@ -123,6 +123,9 @@ pub struct Figures {
     pub missing_bytes: u64,
     /// The same, compressed at each level: `zstd-3`.
     pub coded: Vec<(String, Coded)>,
+    /// The same at level 3 in frames of 1 MiB, each by itself.
+    #[serde(default)]
+    pub in_frames: Option<Coded>,
     /// Pieces of the new image.
     pub pieces: u64,
     /// Bytes of ids, one for each piece.
@@ -256,6 +259,7 @@ pub fn compare(
     Ok(Figures {
         missing_bytes: missing.bytes() as u64,
         coded: at_levels(new, &missing.ranges, levels)?,
+        in_frames: Some(compress_in_frames(new, &missing.ranges, 3)?),
         pieces: missing.pieces as u64,
         ids_flat_bytes: missing.ids_flat_bytes,
         ids_bytes: missing.ids_bytes,

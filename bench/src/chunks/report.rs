@@ -10,10 +10,11 @@ const GIB: f64 = (1 << 30) as f64;
 /// A table of rows in their order; of equal ones (pair and tool) the last stands.
 pub fn table(rows: &[Row]) -> String {
     let mut text = format!(
-        "{:<10} {:<20} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9} {:>8} {:>9} {:>17} {:>17}\n",
+        "{:<12} {:<18} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9} {:>8} {:>9} {:>17} {:>17}\n",
         "pair",
         "tool",
         "missing",
+        "frames",
         "zstd-3",
         "zstd-19",
         "ids flat",
@@ -39,9 +40,10 @@ fn line(text: &mut String, row: &Row) {
     let _ = match &row.found {
         Found::Rival(coded) => writeln!(
             text,
-            "{:<10} {:<20} {:>9} {:>9} {:>56.2}",
+            "{:<12} {:<18} {:>9} {:>9} {:>9} {:>56.2}",
             row.pair,
             row.tool,
+            "",
             "",
             mib(coded.bytes),
             coded.cpu_s / gib
@@ -59,10 +61,11 @@ fn line(text: &mut String, row: &Row) {
             };
             writeln!(
                 text,
-                "{:<10} {:<20} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9} {:>8} {:>9.2} {:>17} {:>17}",
+                "{:<12} {:<18} {:>9} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9} {:>8} {:>9.2} {:>17} {:>17}",
                 row.pair,
                 row.tool,
                 mib(figures.missing_bytes),
+                figures.in_frames.map_or_else(|| "-".to_owned(), |coded| mib(coded.bytes)),
                 at(&figures.coded, "zstd-3"),
                 at(&figures.coded, "zstd-19"),
                 mib(figures.ids_flat_bytes),
