@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use longhaul_bench::chunks;
 use longhaul_bench::netns::{self, Side};
 use longhaul_bench::profile::{Overrides, Profile};
 use longhaul_bench::run::{self, Plan};
@@ -41,7 +42,20 @@ enum Area {
     /// What the transport and its rivals make of a WAN, without a guest.
     #[command(subcommand)]
     Link(LinkCommand),
+    /// Ways to find one disk image in another, and rivals on the same images.
+    #[command(subcommand)]
+    Chunks(ChunksCommand),
     /// Prints medians and ratios of result rows.
+    Compare(Comparison),
+}
+
+#[derive(Debug, Subcommand)]
+enum ChunksCommand {
+    /// Measures schemes on a pair of images.
+    Run(chunks::Plan),
+    /// Measures other tools on a pair of images.
+    Rivals(chunks::RivalPlan),
+    /// Prints rows as a table: MiB, and seconds of one core for each GiB.
     Compare(Comparison),
 }
 
@@ -187,6 +201,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         Area::Wan(command) => return wan_command(command),
         Area::Run { over, plan } => run::run(&plan, &over.profile()?)?,
         Area::Link(command) => link_command(command)?,
+        Area::Chunks(command) => chunks_command(command)?,
         Area::Compare(comparison) => {
             comparison.print(row::summarise, |summaries| row::table(summaries))?;
         }
@@ -200,6 +215,16 @@ fn link_command(command: LinkCommand) -> Result<()> {
         LinkCommand::Share { over, plan } => transfer::share::run(&plan, &over.profile()?),
         LinkCommand::Compare(comparison) => comparison.print(summary::summarise, summary::table),
         LinkCommand::End => ends::run(),
+    }
+}
+
+fn chunks_command(command: ChunksCommand) -> Result<()> {
+    match command {
+        ChunksCommand::Run(plan) => chunks::run(&plan),
+        ChunksCommand::Rivals(plan) => chunks::run_rivals(&plan),
+        ChunksCommand::Compare(comparison) => {
+            comparison.print(<[chunks::Row]>::to_vec, |rows| chunks::report::table(rows))
+        }
     }
 }
 

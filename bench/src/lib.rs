@@ -5,8 +5,9 @@
 //! [`netns`] and [`wan`] (where they run and how they are controlled), [`speed`] (what gets through),
 //! [`transfer`] (what a transport makes of it, ours beside its rivals'); then [`guest`] and [`watch`] (who is moved and how it proves that it is well), [`host`] (the
 //! product) and [`rival`] (what it is compared to), [`run`] (one measurement, whole; on memory from `warm`), [`row`] (what
-//! is written down).
+//! is written down). Apart from all that: [`chunks`] (ways to cut disk images, compared without a WAN).
 
+pub mod chunks;
 pub mod guest;
 pub mod host;
 pub mod interrupt;

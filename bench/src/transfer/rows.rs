@@ -156,7 +156,7 @@ pub struct ShareFlow {
 }
 
 /// The command line of this process: of every path only the last part.
-pub(super) fn command() -> String {
+pub(crate) fn command() -> String {
     shown(std::env::args().skip(1))
 }
 
