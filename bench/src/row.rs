@@ -24,14 +24,9 @@ const LINE_BYTES_MAX: usize = 1 << 20;
 /// One run of one tool.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// When it ended, UTC.
-    pub time: String,
-    /// The command line that made it.
-    pub command: String,
-    /// What the sources were.
-    pub revision: Revision,
-    /// Where it ran.
-    pub host: Host,
+    /// When, how, of what and where it was made.
+    #[serde(flatten)]
+    pub made: Made,
     /// `longhaul` or a rival.
     pub tool: String,
     /// Which way of using the tool: empty for its default.
@@ -70,6 +65,47 @@ pub struct Row {
     /// What the tool itself reported.
     #[serde(default)]
     pub report: Value,
+}
+
+/// What every row says of its making, whatever it measures.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// When it ended, UTC.
+    pub time: String,
+    /// The command line that made it; of paths only the last part.
+    pub command: String,
+    /// What the sources were.
+    pub revision: Revision,
+    /// Where it ran.
+    pub host: Host,
+}
+
+impl Made {
+    /// Of a measurement of the sources of `revision` that ends now, by this process.
+    ///
+    /// # Errors
+    ///
+    /// When /proc cannot be read.
+    pub(crate) fn now(revision: &Revision) -> Result<Self> {
+        Ok(Self {
+            time: jiff::Timestamp::now().to_string(),
+            command: shown(std::env::args().skip(1)),
+            revision: revision.clone(),
+            host: Host::current()?,
+        })
+    }
+}
+
+/// A command line of this program: of every path only the last part.
+fn shown(arguments: impl Iterator<Item = String>) -> String {
+    let shown = arguments.map(|argument| {
+        let (key, value) =
+            argument.split_once('=').map_or((None, &*argument), |(key, value)| (Some(key), value));
+        let last = Path::new(value).file_name().and_then(std::ffi::OsStr::to_str);
+        let value = last.filter(|_| Path::new(value).is_absolute()).unwrap_or(value);
+        key.map_or_else(|| value.to_owned(), |key| format!("{key}={value}"))
+    });
+    std::iter::once("lab".to_owned()).chain(shown).collect::<Vec<_>>().join(" ")
 }
 
 /// Which sources a row was made from.
@@ -321,20 +357,23 @@ pub(crate) mod tests {
     use super::*;
     use crate::guest::{Format, Kind};
 
-    pub(crate) fn revision() -> Revision {
-        Revision { commit: "0123456789ab".to_owned(), is_dirty: false }
-    }
-
-    pub(crate) fn host() -> Host {
-        Host { cpu: "some".to_owned(), cores: 2, memory_mib: 1024, kernel: "6.1".to_owned() }
+    pub(crate) fn made(command: &str) -> Made {
+        Made {
+            time: "2026-01-01T00:00:00Z".to_owned(),
+            command: command.to_owned(),
+            revision: Revision { commit: "0123456789ab".to_owned(), is_dirty: false },
+            host: Host {
+                cpu: "some".to_owned(),
+                cores: 2,
+                memory_mib: 1024,
+                kernel: "6.1".to_owned(),
+            },
+        }
     }
 
     fn row(tool: &str, total_s: f64, wire_bytes: u64, ok: bool) -> Row {
         Row {
-            time: "2026-01-01T00:00:00Z".to_owned(),
-            command: "lab run".to_owned(),
-            revision: revision(),
-            host: host(),
+            made: made("lab run"),
             tool: tool.to_owned(),
             variant: String::new(),
             tool_version: String::new(),
@@ -396,5 +435,12 @@ pub(crate) mod tests {
     fn this_host_and_these_sources_have_names() {
         assert!(Host::current().unwrap().memory_mib > 0);
         assert_eq!(Revision::current().unwrap().commit.len(), 12);
+    }
+
+    #[test]
+    fn a_command_shows_no_folders() {
+        let command = ["link", "run", "--results", "/home/me/link.jsonl", "--a=/b/c", "--x=y/z"];
+        let shown = shown(command.iter().map(|&argument| argument.to_owned()));
+        assert_eq!(shown, "lab link run --results link.jsonl --a=c --x=y/z");
     }
 }

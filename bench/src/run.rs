@@ -19,7 +19,7 @@ use crate::interrupt;
 use crate::netns::{self, Side};
 use crate::profile::Profile;
 use crate::rival;
-use crate::row::{self, Host, Revision, Row};
+use crate::row::{self, Made, Revision, Row};
 use crate::wan::{self, Spec, Wan};
 use crate::warm::Warm;
 use crate::watch::{Verdict, Watch};
@@ -204,15 +204,10 @@ fn one(
         Tool::Qemu => stage.qemu()?,
         Tool::Longhaul => stage.longhaul()?,
     };
-    let mut command = vec!["lab".to_owned()];
-    command.extend(std::env::args().skip(1));
     let [source_image_bytes, target_image_bytes] =
         outcome.images.map(|path| allocated_bytes(&path));
     Ok(Row {
-        time: jiff::Timestamp::now().to_string(),
-        command: command.join(" "),
-        revision: revision.clone(),
-        host: Host::current()?,
+        made: Made::now(revision)?,
         tool: match plan.tool {
             Tool::Longhaul => "longhaul".to_owned(),
             Tool::Qemu => "qemu".to_owned(),

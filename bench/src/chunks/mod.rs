@@ -25,8 +25,7 @@ use self::coding::{Coded, compress, compress_in_frames, timed};
 use self::image::Image;
 use self::rivals::Rival;
 use self::scheme::{Known, Scheme};
-use crate::row::{self, Host, Revision};
-use crate::transfer;
+use crate::row::{self, Made, Revision};
 
 /// Two images: what the target has, and what it shall have.
 #[derive(Debug, Args)]
@@ -78,14 +77,9 @@ pub struct RivalPlan {
 /// One scheme or one rival on one pair.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// When it ended, UTC.
-    pub time: String,
-    /// The command line that made it; of paths only the last part.
-    pub command: String,
-    /// What the sources were.
-    pub revision: Revision,
-    /// Where it ran.
-    pub host: Host,
+    /// When, how, of what and where it was made.
+    #[serde(flatten)]
+    pub made: Made,
     /// The pair's name.
     pub pair: String,
     /// SHA-256 of the image that the target has, as its build printed it; empty if it did not.
@@ -172,10 +166,7 @@ impl Pair {
         found: Found,
     ) -> Result<()> {
         let row = Row {
-            time: jiff::Timestamp::now().to_string(),
-            command: transfer::rows::command(),
-            revision: Revision::current()?,
-            host: Host::current()?,
+            made: Made::now(&Revision::current()?)?,
             pair: self.name.clone(),
             old_sha256: checksum(&self.old),
             new_sha256: checksum(&self.new),

@@ -16,7 +16,7 @@ use super::{Bound, Engine, Received, Sent, Tool, summary};
 use crate::interrupt;
 use crate::profile::Profile;
 use crate::relay::Stats;
-use crate::row::{self, Host, Revision};
+use crate::row::{self, Made, Revision};
 use crate::wan::{self, Spec, Wan};
 
 /// What is measured.
@@ -174,15 +174,7 @@ pub(super) fn origin(
     seed: u64,
     run: u32,
 ) -> Result<Origin> {
-    Ok(Origin {
-        time: jiff::Timestamp::now().to_string(),
-        command: rows::command(),
-        revision: revision.clone(),
-        host: Host::current()?,
-        profile: profile.clone(),
-        seed,
-        run,
-    })
+    Ok(Origin { made: Made::now(revision)?, profile: profile.clone(), seed, run })
 }
 
 /// Why a transfer that came to an end is none; empty if it is one.

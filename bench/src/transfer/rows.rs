@@ -2,8 +2,6 @@
 //!
 //! Invariant: a row names its sources, its link, its seed and its host, and no path of a machine.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +9,7 @@ use super::{Bound, Engine, Tool, rsync};
 use crate::guest;
 use crate::profile::Profile;
 use crate::relay::Stats;
-use crate::row::{Host, Revision};
+use crate::row::Made;
 
 /// One measurement, as a line of a result file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,14 +24,9 @@ pub enum Row {
 /// Where a row comes from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Origin {
-    /// When it ended, UTC.
-    pub time: String,
-    /// The command line that made it; of paths only the last part.
-    pub command: String,
-    /// What the sources were.
-    pub revision: Revision,
-    /// Where it ran.
-    pub host: Host,
+    /// When, how, of what and where it was made.
+    #[serde(flatten)]
+    pub made: Made,
     /// The WAN.
     pub profile: Profile,
     /// Decides the WAN's losses.
@@ -155,22 +148,6 @@ pub struct ShareFlow {
     pub rates_mbit: Vec<f64>,
 }
 
-/// The command line of this process: of every path only the last part.
-pub(crate) fn command() -> String {
-    shown(std::env::args().skip(1))
-}
-
-fn shown(arguments: impl Iterator<Item = String>) -> String {
-    let shown = arguments.map(|argument| {
-        let (key, value) =
-            argument.split_once('=').map_or((None, &*argument), |(key, value)| (Some(key), value));
-        let last = Path::new(value).file_name().and_then(std::ffi::OsStr::to_str);
-        let value = last.filter(|_| Path::new(value).is_absolute()).unwrap_or(value);
-        key.map_or_else(|| value.to_owned(), |key| format!("{key}={value}"))
-    });
-    std::iter::once("lab".to_owned()).chain(shown).collect::<Vec<_>>().join(" ")
-}
-
 /// What a tool says of its version.
 pub(super) fn version(tool: Tool) -> Result<String> {
     match tool.engine() {
@@ -202,10 +179,7 @@ pub(super) mod tests {
 
     fn origin() -> Origin {
         Origin {
-            time: "2026-01-01T00:00:00Z".to_owned(),
-            command: "lab link run".to_owned(),
-            revision: row::tests::revision(),
-            host: row::tests::host(),
+            made: row::tests::made("lab link run"),
             profile: Profile::named("metro").unwrap(),
             seed: 1,
             run: 1,
@@ -257,13 +231,6 @@ pub(super) mod tests {
             row::append(&path, row).unwrap();
         }
         assert_eq!(row::read::<Row>(&path).unwrap(), rows);
-    }
-
-    #[test]
-    fn a_command_shows_no_folders() {
-        let command = ["link", "run", "--results", "/home/me/link.jsonl", "--a=/b/c", "--x=y/z"];
-        let shown = shown(command.iter().map(|&argument| argument.to_owned()));
-        assert_eq!(shown, "lab link run --results link.jsonl --a=c --x=y/z");
     }
 
     #[test]

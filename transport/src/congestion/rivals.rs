@@ -59,7 +59,8 @@ pub(super) struct Rivals {
     probed: u64,
     pub(super) rounds: u32,
     gains: bool,
-    /// The last probe gained so much that the next may go on for as long as it gains.
+    /// The last probe gained so much that the session has less than half of the path, or there is room:
+    /// the next may go on for as long as it gains, and until then nothing is conceded.
     longer: bool,
 }
 
