@@ -18,6 +18,7 @@
 //!
 #![doc = include_str!("../FORMAT.md")]
 
+pub mod blocks;
 pub mod bundle;
 pub mod chunk;
 pub mod chunker;
