@@ -16,6 +16,7 @@ use crate::{
     chunker::is_zero,
     id::ChunkId,
     pages::{PAGE_BYTES, PageHash, hash_pages},
+    recipe::{RecipeEntry, Sample},
 };
 
 /// Bytes in a block; the last one of a disk may be shorter.
@@ -79,6 +80,13 @@ pub struct Piece {
     pub hashes: Range<usize>,
 }
 
+impl Piece {
+    /// As a recipe lists it.
+    pub fn entry(&self) -> RecipeEntry {
+        RecipeEntry { offset: self.offset, len: self.len, id: self.id }
+    }
+}
+
 /// Stretches of a disk, cut.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Scan {
@@ -92,13 +100,10 @@ pub struct Scan {
 
 impl Scan {
     /// The blocks of all pieces that belong into the index, and where on the disk they begin.
-    pub fn samples(&self) -> impl Iterator<Item = (u64, ShortId)> + '_ {
-        self.pieces.iter().flat_map(|piece| {
-            let blocks = piece.hashes.clone().zip((piece.offset..).step_by(BLOCK_BYTES));
-            blocks
-                .map(|(at, offset)| (offset, ShortId::of(&self.hashes[at])))
-                .filter(|(_, id)| id.is_sampled())
-        })
+    pub fn samples(&self) -> impl Iterator<Item = Sample> + '_ {
+        self.pieces
+            .iter()
+            .flat_map(|piece| samples(piece.offset, &self.hashes[piece.hashes.clone()]))
     }
 }
 
@@ -157,6 +162,14 @@ impl Scan {
             }
         }
     }
+}
+
+/// Those of the blocks from `offset` on, with these hashes, that belong into the index.
+pub fn samples(offset: u64, hashes: &[PageHash]) -> impl Iterator<Item = Sample> + '_ {
+    let blocks = (offset..).step_by(BLOCK_BYTES).zip(hashes);
+    blocks
+        .map(|(offset, hash)| Sample { offset, id: ShortId::of(hash) })
+        .filter(|sample| sample.id.is_sampled())
 }
 
 /// The hash of each block of `data`, in order; only the last may be shorter than a block.

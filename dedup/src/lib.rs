@@ -32,5 +32,6 @@ pub mod offer;
 pub mod pagebatch;
 pub mod pages;
 pub mod recipe;
+pub mod summary;
 
 pub use cursor::DecodeError;
