@@ -174,6 +174,11 @@ impl Recipe {
         self.zeros.iter().map(|(start, end)| *start..*end)
     }
 
+    /// The piece that begins at this byte.
+    pub fn at(&self, offset: u64) -> Option<RecipeEntry> {
+        self.live.get(&offset).map(|(len, id)| RecipeEntry { offset, len: *len, id: *id })
+    }
+
     /// The pieces of a stretch, if all of it is known: every byte is of a piece that lies within it,
     /// or a zero.
     pub fn known(&self, stretch: &Range<u64>) -> Option<Vec<RecipeEntry>> {
