@@ -153,9 +153,7 @@ impl Assemblies {
     ) -> Result<(Vec<bool>, Option<MadePiece>), Misuse> {
         let assembly = match (Assembly { entry, slots: found }).finish() {
             Ok(Made::Right(made)) => return Ok((vec![false; ids.len()], Some(made))),
-            Ok(Made::Wrong(entry)) => {
-                Assembly { entry, slots: vec![Slot::Missing; ids.len()] }
-            }
+            Ok(Made::Wrong(entry)) => Assembly { entry, slots: vec![Slot::Missing; ids.len()] },
             Err(assembly) => assembly,
         };
         let key = (disk, entry.offset);

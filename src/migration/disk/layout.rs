@@ -217,7 +217,7 @@ mod tests {
         assert!(parts.iter().all(Part::is_whole));
         let reads = |offset: u64, len: u32| async move {
             assert!(offset + u64::from(len) <= 8192 || offset >= 32 << 20);
-            let fill = if offset < 600_000 + (32 << 20) { 0 } else { 7 };
+            let fill = if offset < 500_000 + (32 << 20) { 0 } else { 7 };
             Ok(Bytes::from(vec![fill; len as usize]))
         };
         let summaries: Vec<(Summary, u64)> = stream::iter(parts)

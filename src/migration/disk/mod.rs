@@ -18,6 +18,8 @@ mod layout;
 mod receive;
 mod record;
 mod send;
+#[cfg(test)]
+mod tests;
 
 /// Parcels that the target has been asked about and that are not dealt with, at most.
 const PARCELS_UNDER_WAY: usize = 64;

@@ -200,7 +200,10 @@ impl DiskReceiver {
     }
 
     /// Which parcels differ from what is here, and whether all will.
-    async fn compare(&mut self, summaries: &Summaries) -> Result<(Vec<bool>, bool), MigrationError> {
+    async fn compare(
+        &mut self,
+        summaries: &Summaries,
+    ) -> Result<(Vec<bool>, bool), MigrationError> {
         self.check_disk(summaries.disk)?;
         let number = summaries.disk;
         let bytes = self.disks[usize::from(number)].info.bytes;
@@ -258,14 +261,17 @@ impl DiskReceiver {
         let mut missing: Vec<(RecipeEntry, Vec<Shift>)> = Vec::new();
         let mut before = None;
         let mut open = 0;
+        // Everything is read before anything is written: the places may be of one image.
+        let mut copies = Vec::new();
         for entry in &offer.entries {
             self.check_range(offer.disk, entry.offset, u64::from(entry.len))?;
-            let found = self.find(offer.disk, entry).await?;
-            wanted.push(found == Found::Missing);
+            let found = self.find(offer.disk, entry).await;
+            wanted.push(matches!(found, Found::Missing));
             match found {
                 Found::Missing => missing.push((*entry, Vec::from_iter(before))),
                 Found::OnItsWay => {}
-                Found::Here(shift) => {
+                Found::Here(shift, copy) => {
+                    copies.extend(copy.map(|data| (entry, data)));
                     for (_, shifts) in &mut missing[open..] {
                         shifts.push(shift);
                     }
@@ -273,6 +279,9 @@ impl DiskReceiver {
                     before = Some(shift);
                 }
             }
+        }
+        for (entry, data) in copies {
+            self.copy(offer.disk, entry, data).await?;
         }
         let fresh = self.disks[usize::from(offer.disk)].fresh;
         let plain = fresh && !self.finder.has_blocks();
@@ -298,6 +307,8 @@ impl DiskReceiver {
         }
         let mut wanted = Vec::with_capacity(list.blocks.len());
         let mut ids: &[ShortId] = &list.blocks;
+        // Everything is read before anything is written: the places may be of one image.
+        let mut all_made = Vec::new();
         for (entry, shifts) in pieces {
             let (here, rest) = ids.split_at(count(&entry));
             ids = rest;
@@ -309,15 +320,16 @@ impl DiskReceiver {
             let begun = self.assemblies.begin(disk, entry, here, found);
             let (mut bits, made) = begun.map_err(|error| self.bad(error))?;
             wanted.append(&mut bits);
-            if let Some(made) = made {
-                self.write_made(disk, made).await?;
-            }
+            all_made.extend(made);
+        }
+        for made in all_made {
+            self.write_made(disk, made).await?;
         }
         Ok(wanted)
     }
 
-    /// Puts a piece in place from what is here, or notes that it is waited for.
-    async fn find(&mut self, number: u16, entry: &RecipeEntry) -> Result<Found, MigrationError> {
+    /// Looks for a piece, or notes that it is waited for.
+    async fn find(&mut self, number: u16, entry: &RecipeEntry) -> Found {
         let disk = &self.disks[usize::from(number)];
         let mut places = self.finder.pieces(entry);
         // Where it has to be, first: there is nothing to write then.
@@ -335,10 +347,9 @@ impl DiskReceiver {
             if let Some(data) = read
                 && let Ok(found) = chunk::verify(entry.id, data)
             {
-                if (place.image, place.offset) != (number, entry.offset) {
-                    self.copy(number, entry, found.into_data()).await?;
-                }
-                return Ok(Found::Here(Shift::of(entry.offset, &place)));
+                let in_place = (place.image, place.offset) == (number, entry.offset);
+                let copy = (!in_place).then(|| found.into_data());
+                return Found::Here(Shift::of(entry.offset, &place), copy);
             }
             // Changed since: nothing is lost but this hint.
             self.finder.forget(&entry.id, &place);
@@ -346,12 +357,12 @@ impl DiskReceiver {
         if let Some(places) = self.waiting.get_mut(&entry.id) {
             if places.len() < WAITING_MAX {
                 places.push((number, *entry));
-                return Ok(Found::OnItsWay);
+                return Found::OnItsWay;
             }
         } else if self.waiting.len() < WAITING_MAX {
             self.waiting.insert(entry.id, Vec::new());
         }
-        Ok(Found::Missing)
+        Found::Missing
     }
 
     async fn write_bundle(&mut self, body: Bytes) -> Result<(), MigrationError> {
@@ -398,7 +409,8 @@ impl DiskReceiver {
         for (other, entry) in self.waiting.remove(&id).unwrap_or_default() {
             // Its range was checked when it was offered, with this id.
             self.check_range(other, entry.offset, data.len() as u64)?;
-            self.copy(other, &RecipeEntry { len: data.len() as u32, ..entry }, data.clone()).await?;
+            self.copy(other, &RecipeEntry { len: data.len() as u32, ..entry }, data.clone())
+                .await?;
         }
         Ok(())
     }
@@ -585,10 +597,9 @@ impl DiskReceiver {
 }
 
 /// Where a piece is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Found {
-    /// In place now; it was found there.
-    Here(Shift),
+    /// There; with its content unless it is in place.
+    Here(Shift, Option<Bytes>),
     /// On its way for another place, and will be written here too.
     OnItsWay,
     Missing,

@@ -79,6 +79,8 @@ pub(in super::super) struct DiskSender<'a> {
     meter: &'a Meter,
     coding: &'a Coding,
     record: &'a ImageRecord,
+    /// See [`KEPT_BYTES`].
+    kept_bytes: usize,
 }
 
 impl<'a> DiskSender<'a> {
@@ -88,7 +90,13 @@ impl<'a> DiskSender<'a> {
         coding: &'a Coding,
         record: &'a ImageRecord,
     ) -> Self {
-        Self { link, meter, coding, record }
+        Self { link, meter, coding, record, kept_bytes: KEPT_BYTES }
+    }
+
+    /// One that reads everything again.
+    #[cfg(test)]
+    pub(super) fn forgetful(self) -> Self {
+        Self { kept_bytes: 0, ..self }
     }
 
     /// Sends what a view covers. Returns once everything is with the transport and, after
@@ -102,7 +110,7 @@ impl<'a> DiskSender<'a> {
     ) -> Result<(), MigrationError> {
         let layout = Layout::of(&view.extents().await?, view.info().bytes);
         self.meter.expect(layout.covered());
-        let kept_bytes = Arc::new(Semaphore::new(KEPT_BYTES));
+        let kept_bytes = Arc::new(Semaphore::new(self.kept_bytes));
         let mut parcels = stream::iter(layout.parts())
             .map(|part| part.read(|offset, len| view.read(offset, len)))
             .buffered(PARCELS_AHEAD);
@@ -127,9 +135,8 @@ impl<'a> DiskSender<'a> {
                     sending.send_pieces(&Sending { parcel, kept: None }, all).await?;
                     continue;
                 }
-                let kept = Arc::clone(&kept_bytes)
-                    .try_acquire_many_owned(parcel.data_bytes() as u32)
-                    .ok();
+                let kept =
+                    Arc::clone(&kept_bytes).try_acquire_many_owned(parcel.data_bytes() as u32).ok();
                 if kept.is_none() {
                     parcel.stretches.clear();
                 }
@@ -143,6 +150,7 @@ impl<'a> DiskSender<'a> {
             // All parcels are dealt with once all room is free.
             let all = sending.room.acquire_many(PARCELS_UNDER_WAY as u32);
             sending.unless_lost(all).await?.expect("the semaphore is never closed").forget();
+            sending.flush().await?;
             sending.end().await
         };
         match how {
@@ -489,11 +497,15 @@ impl Disk<'_> {
 
     /// Codes and sends what is in the bundle.
     async fn flush(&self) -> Result<(), MigrationError> {
-        let Bundle { parts, bytes: payload } = std::mem::take(&mut *self.bundle.lock().await);
-        if parts.is_empty() {
-            return Ok(());
-        }
         let Self { sender, disk, .. } = self;
+        let (Bundle { parts, bytes: payload }, item) = {
+            let mut bundle = self.bundle.lock().await;
+            if bundle.parts.is_empty() {
+                return Ok(());
+            }
+            // Numbered as it is taken: an end that is told from now on comes behind it.
+            (std::mem::take(&mut *bundle), sender.link.next_disk_item())
+        };
         let bundle = ChunkBundle { disk: *disk, parts };
         let level = sender.coding.level(sender.link.bytes_per_s(), NEITHER_FULL_NOR_EMPTY);
         let coding = tokio::task::spawn_blocking(move || {
@@ -507,15 +519,11 @@ impl Disk<'_> {
             sender.coding.observe(level, payload, bytes, busy);
             sender.meter.disk_sent(payload, bytes);
         }
-        let item = sender.link.next_disk_item();
         sender.link.send_bulk(self.class, &BulkHeader::Chunks { item }, body).await
     }
 
     /// Waits for something that only comes if the link lives.
-    async fn unless_lost<T>(
-        &self,
-        waiting: impl Future<Output = T>,
-    ) -> Result<T, MigrationError> {
+    async fn unless_lost<T>(&self, waiting: impl Future<Output = T>) -> Result<T, MigrationError> {
         tokio::select! {
             came = waiting => Ok(came),
             lost = self.sender.link.lost() => Err(lost),
