@@ -1,19 +1,20 @@
-//! Many chunks of a disk as one message, compressed together.
+//! Many pieces of a disk, and runs of blocks of others, as one message, compressed together.
 //!
-//! Invariant: decoding hashes every chunk; a bundle with one wrong byte yields nothing.
+//! Invariant: decoding hashes every piece; a bundle with one wrong byte in one yields nothing. Blocks
+//! have no id here: they are checked with the piece that is put together from them.
 //!
 //! ```text
 //! version u8 | disk u16 | count varint
 //! | count offsets (varint, zigzag difference to the end of the part before)
-//! | count lengths (varint) << 1 | zero? | ids of the parts that are not zero (32 bytes)
-//! | data of these parts, one after the other, as one `Packed`
+//! | count lengths (varint) << 2 | kind (0 piece, 1 blocks, 2 zeros) | ids of the pieces (32 bytes)
+//! | data of pieces and blocks, one after the other, as one `Packed`
 //! ```
 
 use bytes::Bytes;
 
 use crate::{
+    blocks::MAX_PIECE_BYTES,
     chunk::{HashMismatch, VerifiedChunk, verify},
-    chunker::MAX_CHUNK_BYTES,
     compress::{Compressor, Level, MAX_UNPACKED_BYTES, Packed, UnpackError, decompress},
     cursor::{Cursor, DecodeError, put_difference, put_varint},
     id::ChunkId,
@@ -24,18 +25,28 @@ pub const MAX_BUNDLE_PARTS: usize = 4096;
 /// Data in one bundle before compression, in bytes.
 pub const MAX_BUNDLE_BYTES: usize = 16 << 20;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+const KIND_PIECE: u64 = 0;
+const KIND_BLOCKS: u64 = 1;
+const KIND_ZEROS: u64 = 2;
 const _: () = assert!(MAX_BUNDLE_BYTES <= MAX_UNPACKED_BYTES);
 
 /// What a stretch of a disk is to become.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BundlePart {
-    /// The bytes of a chunk.
+    /// The bytes of a piece.
     Chunk {
         /// First byte on the disk.
         offset: u64,
-        /// Its content, 1 to [`MAX_CHUNK_BYTES`] bytes.
+        /// Its content, 1 to [`MAX_PIECE_BYTES`] bytes.
         chunk: VerifiedChunk,
+    },
+    /// Blocks side by side of a piece of which the target has the others. Nobody has checked them.
+    Blocks {
+        /// First byte on the disk.
+        offset: u64,
+        /// Their content, 1 to [`MAX_PIECE_BYTES`] bytes.
+        data: Bytes,
     },
     /// Zeros, as a hole where the image can have one.
     Zero {
@@ -56,7 +67,17 @@ impl BundlePart {
     fn place(&self) -> (u64, u64) {
         match self {
             Self::Chunk { offset, chunk } => (*offset, chunk.data().len() as u64),
+            Self::Blocks { offset, data } => (*offset, data.len() as u64),
             Self::Zero { offset, len } => (*offset, *len),
+        }
+    }
+
+    /// The bytes that go with it: none for zeros.
+    pub fn data(&self) -> &[u8] {
+        match self {
+            Self::Chunk { chunk, .. } => chunk.data(),
+            Self::Blocks { data, .. } => data,
+            Self::Zero { .. } => &[],
         }
     }
 }
@@ -79,7 +100,7 @@ pub enum BundleError {
     /// Its data cannot be unpacked.
     #[error("chunk bundle: {0}")]
     Unpack(#[from] UnpackError),
-    /// A chunk is not what its id says.
+    /// A piece is not what its id says.
     #[error("chunk bundle, disk byte {offset}: {mismatch}")]
     Hash {
         /// Where it was to be written.
@@ -94,7 +115,7 @@ impl ChunkBundle {
     ///
     /// # Panics
     /// If there are more than [`MAX_BUNDLE_PARTS`] or [`MAX_BUNDLE_BYTES`], or a part that is
-    /// empty, too long for a chunk, or beyond what an offset can name.
+    /// empty, too long for a piece, or beyond what an offset can name.
     pub fn encode(&self, compressor: &mut Compressor, level: Level) -> Bytes {
         assert!(self.parts.len() <= MAX_BUNDLE_PARTS, "bundles are made of so many parts");
         let mut offsets = Vec::new();
@@ -106,16 +127,17 @@ impl ChunkBundle {
             let (offset, len) = part.place();
             put_difference(&mut offsets, offset, end);
             end = offset.checked_add(len).expect("a disk ends before offsets do");
-            let limit = match part {
-                BundlePart::Chunk { .. } => u64::from(MAX_CHUNK_BYTES),
-                BundlePart::Zero { .. } => u64::MAX >> 1,
+            let (kind, limit) = match part {
+                BundlePart::Chunk { .. } => (KIND_PIECE, u64::from(MAX_PIECE_BYTES)),
+                BundlePart::Blocks { .. } => (KIND_BLOCKS, u64::from(MAX_PIECE_BYTES)),
+                BundlePart::Zero { .. } => (KIND_ZEROS, u64::MAX >> 2),
             };
-            assert!((1..=limit).contains(&len), "the chunker makes no such part");
-            put_varint(&mut lens, len << 1 | u64::from(matches!(part, BundlePart::Zero { .. })));
+            assert!((1..=limit).contains(&len), "no part is so long");
+            put_varint(&mut lens, len << 2 | kind);
             if let BundlePart::Chunk { chunk, .. } = part {
                 ids.extend_from_slice(chunk.id().as_bytes());
-                data.extend_from_slice(chunk.data());
             }
+            data.extend_from_slice(part.data());
         }
         assert!(data.len() <= MAX_BUNDLE_BYTES, "bundles are made of so many bytes");
         let packed = compressor.compress(level, data.into());
@@ -132,7 +154,7 @@ impl ChunkBundle {
     }
 
     /// Reads what [`encode`](Self::encode) wrote, with at most `max_bytes` of data (and never more
-    /// than [`MAX_BUNDLE_BYTES`]), and hashes every chunk.
+    /// than [`MAX_BUNDLE_BYTES`]), and hashes every piece.
     pub fn decode(bytes: &Bytes, max_bytes: usize) -> Result<Self, BundleError> {
         let mut cursor = Cursor::new(bytes);
         if cursor.u8("version")? != VERSION {
@@ -145,19 +167,19 @@ impl ChunkBundle {
             cursor.varint("offset")?;
         }
         let mut lens = cursor;
-        let mut chunk_bytes = 0_u64;
-        let mut chunks = 0;
+        let mut data_bytes = 0_u64;
+        let mut pieces = 0;
         for _ in 0..count {
-            let (len, zero) = take_len(&mut cursor)?;
-            if !zero {
-                // No overflow: at most so many parts of at most a chunk's length.
-                chunk_bytes += len;
-                chunks += 1;
+            let (len, kind) = take_len(&mut cursor)?;
+            if kind != KIND_ZEROS {
+                // No overflow: at most so many parts of at most a piece's length.
+                data_bytes += len;
             }
+            pieces += usize::from(kind == KIND_PIECE);
         }
-        let mut ids = Cursor::new(cursor.take(chunks * ChunkId::BYTES, "ids")?);
+        let mut ids = Cursor::new(cursor.take(pieces * ChunkId::BYTES, "ids")?);
         let packed = Packed::decode(&bytes.slice_ref(cursor.rest()))?;
-        if packed.unpacked_len() as u64 != chunk_bytes {
+        if packed.unpacked_len() as u64 != data_bytes {
             return Err(DecodeError::Invalid { what: "length of the data" }.into());
         }
         let mut data = decompress(&packed, max_bytes.min(MAX_BUNDLE_BYTES))?;
@@ -165,38 +187,41 @@ impl ChunkBundle {
         let mut end = 0_u64;
         for _ in 0..count {
             let offset = differences.difference(end, "offset")?;
-            let (len, zero) = take_len(&mut lens)?;
+            let (len, kind) = take_len(&mut lens)?;
             end = offset.checked_add(len).ok_or(DecodeError::Invalid { what: "offset" })?;
-            if zero {
-                parts.push(BundlePart::Zero { offset, len });
-                continue;
-            }
-            let id = ChunkId::from_bytes(ids.array("id")?);
-            let chunk = verify(id, data.split_to(len as usize))
-                .map_err(|mismatch| BundleError::Hash { offset, mismatch })?;
-            parts.push(BundlePart::Chunk { offset, chunk });
+            parts.push(match kind {
+                KIND_ZEROS => BundlePart::Zero { offset, len },
+                KIND_BLOCKS => BundlePart::Blocks { offset, data: data.split_to(len as usize) },
+                _ => {
+                    let id = ChunkId::from_bytes(ids.array("id")?);
+                    let chunk = verify(id, data.split_to(len as usize))
+                        .map_err(|mismatch| BundleError::Hash { offset, mismatch })?;
+                    BundlePart::Chunk { offset, chunk }
+                }
+            });
         }
         Ok(Self { disk, parts })
     }
 }
 
-fn take_len(cursor: &mut Cursor<'_>) -> Result<(u64, bool), DecodeError> {
+/// A part's length and kind.
+fn take_len(cursor: &mut Cursor<'_>) -> Result<(u64, u64), DecodeError> {
     let coded = cursor.varint("length")?;
-    let (len, zero) = (coded >> 1, coded & 1 == 1);
-    if len == 0 {
+    let (len, kind) = (coded >> 2, coded & 3);
+    if len == 0 || kind > KIND_ZEROS {
         return Err(DecodeError::Invalid { what: "length" });
     }
-    let limit = u64::from(MAX_CHUNK_BYTES);
-    if !zero && len > limit {
+    let limit = u64::from(MAX_PIECE_BYTES);
+    if kind != KIND_ZEROS && len > limit {
         return Err(DecodeError::TooLarge { what: "length", found: len, limit });
     }
-    Ok((len, zero))
+    Ok((len, kind))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chunk::RawChunk;
+    use crate::{blocks::piece_id, chunk::RawChunk};
 
     fn chunk(offset: u64, data: &'static [u8]) -> BundlePart {
         BundlePart::Chunk { offset, chunk: RawChunk::new(Bytes::from_static(data)).hash() }
@@ -208,11 +233,15 @@ mod tests {
 
     #[test]
     fn the_bytes_of_a_bundle_are_fixed() {
-        let bytes = encode(vec![chunk(10, b"abc"), BundlePart::Zero { offset: 4096, len: 4096 }]);
-        let mut expected = vec![1, 3, 0, 2, 20, 0xe6, 0x3f, 6, 0x81, 0x40];
-        expected.extend_from_slice(ChunkId::of(b"abc").as_bytes());
-        expected.extend_from_slice(&[0, 3]);
-        expected.extend_from_slice(b"abc");
+        let bytes = encode(vec![
+            chunk(10, b"abc"),
+            BundlePart::Zero { offset: 4096, len: 4096 },
+            BundlePart::Blocks { offset: 8192, data: Bytes::from_static(b"de") },
+        ]);
+        let mut expected = vec![2, 3, 0, 3, 20, 0xe6, 0x3f, 0, 12, 0x82, 0x80, 0x01, 9];
+        expected.extend_from_slice(piece_id(b"abc").as_bytes());
+        expected.extend_from_slice(&[0, 5]);
+        expected.extend_from_slice(b"abcde");
         assert_eq!(bytes, expected);
     }
 

@@ -9,7 +9,7 @@
 
 use bytes::Bytes;
 
-use crate::id::ChunkId;
+use crate::{blocks::piece_id, id::ChunkId};
 
 /// Bytes that nobody has hashed yet.
 #[derive(Clone, PartialEq, Eq)]
@@ -25,7 +25,7 @@ impl RawChunk {
 
     /// Names the bytes by what they are: for data whose origin we are.
     pub fn hash(self) -> VerifiedChunk {
-        VerifiedChunk { id: ChunkId::of(&self.data), data: self.data }
+        VerifiedChunk { id: piece_id(&self.data), data: self.data }
     }
 
     /// Checks that the bytes are those that `id` names: for data that somebody else named.
@@ -48,7 +48,7 @@ pub struct VerifiedChunk {
 }
 
 impl VerifiedChunk {
-    /// The hash of the bytes.
+    /// The [`piece_id`] of the bytes.
     pub fn id(&self) -> ChunkId {
         self.id
     }
@@ -111,7 +111,7 @@ mod tests {
         assert_eq!(verify(chunk.id(), Bytes::from_static(b"a block")).unwrap(), chunk);
         let error = verify(chunk.id(), Bytes::from_static(b"a clock")).unwrap_err();
         assert_eq!(error.expected, chunk.id());
-        assert_eq!(error.found, ChunkId::of(b"a clock"));
+        assert_eq!(error.found, piece_id(b"a clock"));
         assert_eq!(error.bytes, 7);
     }
 }

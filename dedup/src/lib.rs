@@ -18,6 +18,7 @@
 //!
 #![doc = include_str!("../FORMAT.md")]
 
+pub mod blocks;
 pub mod bundle;
 pub mod chunk;
 pub mod chunker;
@@ -31,5 +32,6 @@ pub mod offer;
 pub mod pagebatch;
 pub mod pages;
 pub mod recipe;
+pub mod summary;
 
 pub use cursor::DecodeError;

@@ -1,43 +1,44 @@
-//! Have and want, in bulk: the source offers a stretch of a disk's recipe, the target answers with
-//! one bit for each chunk.
+//! Have and want, in bulk: the source names pieces of a disk, then the blocks of those that the target
+//! lacks, and the target answers each time with one bit for each.
 //!
-//! Invariant: a decoded [`Offer`] lists chunks in ascending order without overlap, and a decoded
-//! [`Want`] has exactly one bit for each entry of the offer that it answers.
+//! Invariant: a decoded [`Offer`] lists pieces in ascending order without overlap, of whole blocks but
+//! for the last; no list is longer than a parcel has blocks, and an [`Answer`] is only read as one to
+//! so many questions as were asked.
 //!
 //! ```text
-//! Offer: version u8 | disk u16 | first varint | count varint
-//!        | count gaps (varint, bytes between the end of the last chunk and this one)
-//!        | count lengths (varint) | count ids (32 bytes)
-//! Want:  version u8 | disk u16 | first varint | count varint | form u8
-//!        | form 0: ceil(count / 8) bytes, lowest bit first, padding 0
-//!        | form 1: run lengths (varint), beginning with unwanted, alternating, adding up to count
+//! Offer:     version u8 | disk u16 | count varint
+//!            | count gaps (varint, blocks between the end of the last piece and this one)
+//!            | count lengths (varint, blocks << 1, or bytes << 1 | 1 for a disk's end)
+//!            | count ids (32 bytes)
+//! BlockList: version u8 | offer varint | ids (8 bytes)
+//! Answer:    form u8
+//!            | form 0: ceil(count / 8) bytes, lowest bit first, padding 0
+//!            | form 1: run lengths (varint), beginning with unwanted, alternating, adding up to count
 //! ```
 
 use bytes::Bytes;
 
 use crate::{
-    chunker::MAX_CHUNK_BYTES,
+    blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, PARCEL_BLOCKS, ShortId},
     cursor::{Cursor, DecodeError, put_varint},
     id::ChunkId,
     recipe::RecipeEntry,
 };
 
-/// Chunks in one offer: about 1 GiB of disk in 600 KiB, few enough to be answered while the next
-/// offer is on its way.
-pub const MAX_OFFER_ENTRIES: usize = 16_384;
+/// Pieces in one offer, and blocks in one list: those of one parcel.
+pub const MAX_OFFER_ENTRIES: usize = PARCEL_BLOCKS;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const FORM_BITS: u8 = 0;
 const FORM_RUNS: u8 = 1;
+const BLOCK: u64 = BLOCK_BYTES as u64;
 
-/// A stretch of a disk's recipe.
+/// Pieces that the source has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offer {
     /// The disk, by its place in the VM's description.
     pub disk: u16,
-    /// The number of the first entry, counted from the beginning of the disk's recipe.
-    pub first: u64,
-    /// The chunks, ascending, without overlap.
+    /// The pieces, ascending, without overlap.
     pub entries: Vec<RecipeEntry>,
 }
 
@@ -45,18 +46,29 @@ impl Offer {
     /// The serialized form.
     ///
     /// # Panics
-    /// If there are more than [`MAX_OFFER_ENTRIES`], or they are not ascending.
+    /// If there are more than [`MAX_OFFER_ENTRIES`], they are not ascending, or do not begin with
+    /// blocks.
     pub fn encode(&self) -> Bytes {
-        assert!(self.entries.len() <= MAX_OFFER_ENTRIES, "offers are made of so many chunks");
-        let mut out = Vec::with_capacity(24 + self.entries.len() * (ChunkId::BYTES + 5));
-        put_head(&mut out, self.disk, self.first, self.entries.len());
+        assert!(self.entries.len() <= MAX_OFFER_ENTRIES, "a parcel has so many blocks");
+        let mut out = Vec::with_capacity(8 + self.entries.len() * (ChunkId::BYTES + 3));
+        out.push(VERSION);
+        out.extend_from_slice(&self.disk.to_le_bytes());
+        put_varint(&mut out, self.entries.len() as u64);
         let mut end = 0;
         for entry in &self.entries {
-            let gap = entry.offset.checked_sub(end).expect("a recipe's entries are ascending");
-            put_varint(&mut out, gap);
+            let gap = entry.offset.checked_sub(end).expect("pieces are ascending");
+            assert!(
+                gap.is_multiple_of(BLOCK),
+                "pieces begin with blocks, only the last ends in one"
+            );
+            put_varint(&mut out, gap / BLOCK);
             end = entry.offset + u64::from(entry.len);
         }
-        self.entries.iter().for_each(|entry| put_varint(&mut out, u64::from(entry.len)));
+        for entry in &self.entries {
+            let len = u64::from(entry.len);
+            let whole = len.is_multiple_of(BLOCK);
+            put_varint(&mut out, if whole { len / BLOCK << 1 } else { len << 1 | 1 });
+        }
         self.entries.iter().for_each(|entry| out.extend_from_slice(entry.id.as_bytes()));
         out.into()
     }
@@ -64,95 +76,119 @@ impl Offer {
     /// Reads what [`encode`](Self::encode) wrote.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut cursor = Cursor::new(bytes);
-        let (disk, first, count) = take_head(&mut cursor)?;
+        if cursor.u8("version")? != VERSION {
+            return Err(DecodeError::Invalid { what: "version" });
+        }
+        let disk = cursor.u16("disk")?;
+        let count = cursor.count(MAX_OFFER_ENTRIES, "pieces")?;
         // Every entry takes at least 34 bytes: a short input cannot ask for a long list.
         if count > bytes.len() / (ChunkId::BYTES + 2) {
-            return Err(DecodeError::Truncated { what: "offered chunks" });
+            return Err(DecodeError::Truncated { what: "offered pieces" });
         }
         let mut entries = Vec::with_capacity(count);
         for _ in 0..count {
-            let gap = cursor.varint("gap")?;
-            entries.push(RecipeEntry { offset: gap, len: 0, id: ChunkId::from_bytes([0; 32]) });
+            let offset = cursor.bounded(u64::MAX / BLOCK, "gap")? * BLOCK;
+            entries.push(RecipeEntry { offset, len: 0, id: ChunkId::from_bytes([0; 32]) });
         }
         let mut end = 0_u64;
         for entry in &mut entries {
-            entry.len = cursor.count(MAX_CHUNK_BYTES as usize, "chunk length")? as u32;
+            let coded = cursor.varint("piece length")?;
+            let (len, whole) = (coded >> 1, coded & 1 == 0);
+            let len = if whole { len.saturating_mul(BLOCK) } else { len };
+            let bad = || DecodeError::Invalid { what: "piece length" };
+            if len > u64::from(MAX_PIECE_BYTES) || whole != len.is_multiple_of(BLOCK) {
+                return Err(bad());
+            }
+            // Behind a disk's end there is nothing.
+            if !end.is_multiple_of(BLOCK) {
+                return Err(DecodeError::Invalid { what: "gap" });
+            }
+            entry.len = len as u32;
             entry.offset =
                 end.checked_add(entry.offset).ok_or(DecodeError::Invalid { what: "gap" })?;
-            end = entry.range().ok_or(DecodeError::Invalid { what: "chunk length" })?.end;
+            end = entry.range().ok_or_else(bad)?.end;
         }
         for entry in &mut entries {
             entry.id = ChunkId::from_bytes(cursor.array("id")?);
         }
         cursor.finish()?;
-        Ok(Self { disk, first, entries })
+        Ok(Self { disk, entries })
     }
 }
 
-/// Which chunks of an offer the target has to be sent.
+/// The blocks of the wanted pieces of an offer, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Want {
-    /// As in the offer.
-    pub disk: u16,
-    /// As in the offer.
-    pub first: u64,
-    wanted: Vec<bool>,
+pub struct BlockList {
+    /// The number of the item that was the offer.
+    pub offer: u64,
+    /// The blocks' short ids.
+    pub blocks: Vec<ShortId>,
 }
 
-impl Want {
-    /// The answer to `offer`; `is_wanted` is asked for each entry, in order.
-    pub fn answer(offer: &Offer, is_wanted: impl FnMut(&RecipeEntry) -> bool) -> Self {
-        let wanted = offer.entries.iter().map(is_wanted).collect();
-        Self { disk: offer.disk, first: offer.first, wanted }
-    }
-
-    /// Whether it answers this offer, by disk, first entry and count.
-    pub fn answers(&self, offer: &Offer) -> bool {
-        (self.disk, self.first, self.wanted.len()) == (offer.disk, offer.first, offer.entries.len())
-    }
-
-    /// One answer for each entry of the offer, in order.
-    pub fn wanted(&self) -> &[bool] {
-        &self.wanted
-    }
-
-    /// The entries of the offer that are wanted, by their place in it.
-    pub fn indices(&self) -> impl Iterator<Item = usize> + '_ {
-        self.wanted.iter().enumerate().filter_map(|(place, wanted)| wanted.then_some(place))
-    }
-
-    /// The serialized form: runs or bits, whichever is shorter.
+impl BlockList {
+    /// The serialized form.
     ///
     /// # Panics
-    /// If it answers more than [`MAX_OFFER_ENTRIES`].
+    /// If there are more than [`MAX_OFFER_ENTRIES`].
     pub fn encode(&self) -> Bytes {
-        assert!(self.wanted.len() <= MAX_OFFER_ENTRIES, "offers are made of so many chunks");
-        let mut out = Vec::new();
-        put_head(&mut out, self.disk, self.first, self.wanted.len());
-        let mut runs = Vec::new();
-        // The first run is of unwanted entries, of none if need be.
-        if self.wanted.first() == Some(&true) {
-            put_varint(&mut runs, 0);
-        }
-        for run in self.wanted.chunk_by(|one, next| one == next) {
-            put_varint(&mut runs, run.len() as u64);
-        }
-        if runs.len() < self.wanted.len().div_ceil(8) {
-            out.push(FORM_RUNS);
-            out.extend_from_slice(&runs);
-        } else {
-            out.push(FORM_BITS);
-            out.extend(self.wanted.chunks(8).map(|bits| {
-                bits.iter().rev().fold(0, |byte, wanted| byte << 1 | u8::from(*wanted))
-            }));
-        }
+        assert!(self.blocks.len() <= MAX_OFFER_ENTRIES, "a parcel has so many blocks");
+        let mut out = Vec::with_capacity(16 + self.blocks.len() * ShortId::BYTES);
+        out.push(VERSION);
+        put_varint(&mut out, self.offer);
+        self.blocks.iter().for_each(|block| out.extend_from_slice(block.as_bytes()));
         out.into()
     }
 
     /// Reads what [`encode`](Self::encode) wrote.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut cursor = Cursor::new(bytes);
-        let (disk, first, count) = take_head(&mut cursor)?;
+        if cursor.u8("version")? != VERSION {
+            return Err(DecodeError::Invalid { what: "version" });
+        }
+        let offer = cursor.varint("offer")?;
+        let (blocks, rest) = cursor.rest().as_chunks();
+        if !rest.is_empty() {
+            return Err(DecodeError::Trailing { bytes: rest.len() });
+        }
+        if blocks.len() > MAX_OFFER_ENTRIES {
+            let (found, limit) = (blocks.len() as u64, MAX_OFFER_ENTRIES as u64);
+            return Err(DecodeError::TooLarge { what: "blocks", found, limit });
+        }
+        Ok(Self { offer, blocks: blocks.iter().map(|id| ShortId::from_bytes(*id)).collect() })
+    }
+}
+
+/// Which of the things asked about are wanted, one for each, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer(pub Vec<bool>);
+
+impl Answer {
+    /// The serialized form: runs or bits, whichever is shorter.
+    pub fn encode(&self) -> Vec<u8> {
+        let wanted = &self.0;
+        let mut runs = vec![FORM_RUNS];
+        // The first run is of unwanted entries, of none if need be.
+        if wanted.first() == Some(&true) {
+            put_varint(&mut runs, 0);
+        }
+        for run in wanted.chunk_by(|one, next| one == next) {
+            put_varint(&mut runs, run.len() as u64);
+        }
+        if runs.len() <= wanted.len().div_ceil(8) {
+            return runs;
+        }
+        let mut bits = vec![FORM_BITS];
+        bits.extend(
+            wanted.chunks(8).map(|bits| {
+                bits.iter().rev().fold(0, |byte, wanted| byte << 1 | u8::from(*wanted))
+            }),
+        );
+        bits
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote, as an answer to `count` questions.
+    pub fn decode(bytes: &[u8], count: usize) -> Result<Self, DecodeError> {
+        let mut cursor = Cursor::new(bytes);
         let mut wanted = Vec::with_capacity(count);
         match cursor.u8("form")? {
             FORM_BITS => {
@@ -177,27 +213,8 @@ impl Want {
             _ => return Err(DecodeError::Invalid { what: "form" }),
         }
         cursor.finish()?;
-        Ok(Self { disk, first, wanted })
+        Ok(Self(wanted))
     }
-}
-
-fn put_head(out: &mut Vec<u8>, disk: u16, first: u64, count: usize) {
-    out.push(VERSION);
-    out.extend_from_slice(&disk.to_le_bytes());
-    put_varint(out, first);
-    put_varint(out, count as u64);
-}
-
-fn take_head(cursor: &mut Cursor<'_>) -> Result<(u16, u64, usize), DecodeError> {
-    if cursor.u8("version")? != VERSION {
-        return Err(DecodeError::Invalid { what: "version" });
-    }
-    let disk = cursor.u16("disk")?;
-    let first = cursor.varint("first entry")?;
-    let count = cursor.count(MAX_OFFER_ENTRIES, "offered chunks")?;
-    // Numbers of entries stay numbers.
-    first.checked_add(count as u64).ok_or(DecodeError::Invalid { what: "first entry" })?;
-    Ok((disk, first, count))
 }
 
 #[cfg(test)]
@@ -214,54 +231,61 @@ mod tests {
                 entry
             })
             .collect();
-        Offer { disk: 2, first: 7, entries }
+        Offer { disk: 2, entries }
     }
 
     #[test]
     fn the_bytes_of_an_offer_are_fixed() {
-        let offer = offer(&[300, 5]);
-        let mut expected = vec![1, 2, 0, 7, 2, 0x80, 0x20, 0, 0xac, 0x02, 5];
+        let offer = offer(&[8192, 5]);
+        let mut expected = vec![2, 2, 0, 2, 1, 0, 4, 11];
         expected.extend_from_slice(offer.entries[0].id.as_bytes());
         expected.extend_from_slice(offer.entries[1].id.as_bytes());
         assert_eq!(offer.encode(), expected);
     }
 
     #[test]
-    fn the_bytes_of_a_want_are_fixed() {
-        let few = Want::answer(&offer(&[1, 2, 3]), |entry| entry.len != 2);
-        assert_eq!(few.encode()[..], [1, 2, 0, 7, 3, 0, 0b101]);
-        assert_eq!(few.indices().collect::<Vec<_>>(), [0, 2]);
-        let many = Want::answer(&offer(&[9; 1000]), |_| true);
-        assert_eq!(many.encode()[..], [1, 2, 0, 7, 0xe8, 0x07, 1, 0, 0xe8, 0x07]);
-        assert!(many.answers(&offer(&[9; 1000])));
-        assert!(!many.answers(&offer(&[9; 999])));
+    fn the_bytes_of_a_block_list_are_fixed() {
+        let list = BlockList { offer: 300, blocks: vec![ShortId::from_bytes([7; 8])] };
+        let bytes = [2, 0xac, 0x02, 7, 7, 7, 7, 7, 7, 7, 7];
+        assert_eq!(list.encode()[..], bytes);
+        assert_eq!(BlockList::decode(&bytes), Ok(list));
+        assert!(BlockList::decode(&bytes[..10]).is_err());
     }
 
     #[test]
-    fn two_spellings_of_one_want_are_not_both_accepted() {
-        let padding = [1, 2, 0, 7, 3, 0, 0b1000];
-        assert_eq!(Want::decode(&padding), Err(DecodeError::Invalid { what: "padding" }));
-        let empty_run = [1, 2, 0, 7, 3, 1, 1, 0, 2];
-        assert_eq!(Want::decode(&empty_run), Err(DecodeError::Invalid { what: "run" }));
-        let too_long = [1, 2, 0, 7, 3, 1, 1, 3];
-        assert!(matches!(Want::decode(&too_long), Err(DecodeError::TooLarge { .. })));
+    fn the_bytes_of_an_answer_are_fixed() {
+        assert_eq!(Answer(vec![true, false, true]).encode(), [0, 0b101]);
+        assert_eq!(Answer(vec![true; 1000]).encode(), [1, 0, 0xe8, 0x07]);
+        assert_eq!(Answer(Vec::new()).encode(), [0]);
+        assert!(Answer::decode(&[1, 0, 0xe8, 0x07], 999).is_err());
+        assert!(Answer::decode(&[1, 0, 0xe8, 0x07], 1001).is_err());
+    }
+
+    #[test]
+    fn two_spellings_of_one_answer_are_not_both_accepted() {
+        assert_eq!(Answer::decode(&[0, 0b1000], 3), Err(DecodeError::Invalid { what: "padding" }));
+        assert_eq!(Answer::decode(&[1, 1, 0, 2], 3), Err(DecodeError::Invalid { what: "run" }));
+        assert!(matches!(Answer::decode(&[1, 1, 3], 3), Err(DecodeError::TooLarge { .. })));
     }
 
     #[test]
     fn a_short_offer_cannot_ask_for_a_long_list() {
-        let mut bytes = vec![1, 0, 0, 0];
+        let mut bytes = vec![2, 0, 0];
         put_varint(&mut bytes, MAX_OFFER_ENTRIES as u64);
         assert!(matches!(Offer::decode(&bytes), Err(DecodeError::Truncated { .. })));
     }
 
     #[test]
-    fn an_offer_beyond_the_end_of_numbers_is_refused() {
-        let last = RecipeEntry { offset: u64::MAX - 5, len: 5, id: ChunkId::of(b"") };
-        let offer = Offer { disk: 0, first: 0, entries: vec![last] };
+    fn an_offer_beyond_the_end_of_numbers_or_of_its_disk_is_refused() {
+        let last = RecipeEntry { offset: u64::MAX - 4095, len: 5, id: ChunkId::of(b"") };
+        let offer = Offer { disk: 0, entries: vec![last] };
         assert_eq!(Offer::decode(&offer.encode()).unwrap(), offer);
         let mut bytes = offer.encode().to_vec();
         let len_at = bytes.len() - 33;
-        bytes[len_at] = 6;
-        assert_eq!(Offer::decode(&bytes), Err(DecodeError::Invalid { what: "chunk length" }));
+        bytes[len_at] = 2;
+        assert_eq!(Offer::decode(&bytes), Err(DecodeError::Invalid { what: "piece length" }));
+        let mut behind = self::offer(&[8192, 4096]).encode().to_vec();
+        behind[6] = 11;
+        assert_eq!(Offer::decode(&behind), Err(DecodeError::Invalid { what: "gap" }));
     }
 }

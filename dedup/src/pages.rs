@@ -82,6 +82,11 @@ impl PageHash {
         Self(*blake3::hash(page).as_bytes())
     }
 
+    /// The hash of what is shorter than a page: the end of a disk.
+    pub(crate) fn of_short(bytes: &[u8]) -> Self {
+        Self(*blake3::hash(bytes).as_bytes())
+    }
+
     /// Its bytes.
     pub const fn as_bytes(&self) -> &[u8; blake3::OUT_LEN] {
         &self.0

@@ -1,5 +1,5 @@
-//! What was written to an image, chunk by chunk: the way back to where a seed stopped, and the
-//! list by which later migrations find their chunks in this image.
+//! What was written to an image, piece by piece: the way back to where a seed stopped, and the
+//! list by which later migrations find their pieces and blocks in this image.
 //!
 //! [`Recipe`] is the list in memory, [`RecipeLog`] the file that it is rebuilt from.
 //!
@@ -19,28 +19,40 @@ pub use format::HeaderError;
 use format::{HEADER_BYTES, Record};
 pub use log::{RecipeError, RecipeLog};
 
-use crate::{chunker::MAX_CHUNK_BYTES, id::ChunkId};
+use crate::{
+    blocks::{MAX_PIECE_BYTES, ShortId},
+    id::ChunkId,
+};
 
-/// The most chunks that one recipe may list: 4 TiB of the smallest average in use. Each takes
-/// about 65 bytes in memory.
+/// The most pieces, samples and runs of zeros that one recipe may list: 2 TiB of data. A piece takes
+/// about 65 bytes in memory, the others 30.
 pub const MAX_RECIPE_ENTRIES: usize = 1 << 26;
 
-/// One chunk at its place in an image.
+/// One piece at its place in an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RecipeEntry {
     /// First byte in the image as the guest sees it.
     pub offset: u64,
-    /// Length in bytes, 1 to [`MAX_CHUNK_BYTES`].
+    /// Length in bytes, 1 to [`MAX_PIECE_BYTES`].
     pub len: u32,
-    /// The bytes' hash.
+    /// The bytes' [`piece_id`](crate::blocks::piece_id).
     pub id: ChunkId,
 }
 
+/// A block at its place in an image, one of those that are kept in the index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Sample {
+    /// First byte in the image as the guest sees it.
+    pub offset: u64,
+    /// The block's short id.
+    pub id: ShortId,
+}
+
 impl RecipeEntry {
-    /// The bytes that it covers; `None` if no image reaches that far, or no chunk is that long.
+    /// The bytes that it covers; `None` if no image reaches that far, or no piece is that long.
     pub fn range(&self) -> Option<Range<u64>> {
         let end = self.offset.checked_add(u64::from(self.len))?;
-        (self.len > 0 && self.len <= MAX_CHUNK_BYTES).then_some(self.offset..end)
+        (self.len > 0 && self.len <= MAX_PIECE_BYTES).then_some(self.offset..end)
     }
 }
 
@@ -76,11 +88,14 @@ pub struct Completed {
     pub image: ImageIdentity,
 }
 
-/// Which chunks an image holds, as far as is known.
+/// Which pieces an image holds, as far as is known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recipe {
     image_bytes: u64,
     live: BTreeMap<u64, (u32, ChunkId)>,
+    /// From where to where zeros are known to be.
+    zeros: BTreeMap<u64, u64>,
+    samples: BTreeMap<u64, ShortId>,
     complete: Option<Completed>,
     /// Items in the log that `live` was made from, superseded ones included.
     logged: u64,
@@ -97,8 +112,8 @@ pub enum ReadError {
     /// Not a log, or not one of ours.
     #[error(transparent)]
     Header(#[from] HeaderError),
-    /// It lists more chunks than are accepted.
-    #[error("it lists more than {MAX_RECIPE_ENTRIES} chunks")]
+    /// It lists more than is accepted.
+    #[error("it lists more than {MAX_RECIPE_ENTRIES} pieces")]
     TooManyEntries,
 }
 
@@ -116,7 +131,7 @@ impl Recipe {
                 break;
             }
             recipe.apply(&record, bytes);
-            if recipe.live.len() > MAX_RECIPE_ENTRIES {
+            if recipe.items() > MAX_RECIPE_ENTRIES {
                 return Err(ReadError::TooManyEntries);
             }
         }
@@ -127,6 +142,8 @@ impl Recipe {
         Self {
             image_bytes,
             live: BTreeMap::new(),
+            zeros: BTreeMap::new(),
+            samples: BTreeMap::new(),
             complete: None,
             logged: 0,
             log_bytes: HEADER_BYTES as u64,
@@ -138,7 +155,7 @@ impl Recipe {
         self.image_bytes
     }
 
-    /// The chunks by ascending offset, without overlap.
+    /// The pieces by ascending offset, without overlap.
     pub fn entries(&self) -> impl Iterator<Item = RecipeEntry> + '_ {
         self.live.iter().map(|(offset, (len, id))| RecipeEntry {
             offset: *offset,
@@ -147,9 +164,46 @@ impl Recipe {
         })
     }
 
-    /// How many chunks there are.
+    /// The blocks that belong into the index, by ascending offset.
+    pub fn samples(&self) -> impl Iterator<Item = Sample> + '_ {
+        self.samples.iter().map(|(offset, id)| Sample { offset: *offset, id: *id })
+    }
+
+    /// Where zeros are known to be, ascending, apart from each other.
+    pub fn zeros(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.zeros.iter().map(|(start, end)| *start..*end)
+    }
+
+    /// The piece that begins at this byte.
+    pub fn at(&self, offset: u64) -> Option<RecipeEntry> {
+        self.live.get(&offset).map(|(len, id)| RecipeEntry { offset, len: *len, id: *id })
+    }
+
+    /// The pieces of a stretch, if all of it is known: every byte is of a piece that lies within it,
+    /// or a zero.
+    pub fn known(&self, stretch: &Range<u64>) -> Option<Vec<RecipeEntry>> {
+        let mut at = stretch.start;
+        let mut pieces = Vec::new();
+        while at < stretch.end {
+            if let Some((len, id)) = self.live.get(&at) {
+                pieces.push(RecipeEntry { offset: at, len: *len, id: *id });
+                at += u64::from(*len);
+            } else {
+                let (_, end) = self.zeros.range(..=at).next_back().filter(|(_, end)| **end > at)?;
+                at = stretch.end.min(*end);
+            }
+        }
+        (at == stretch.end).then_some(pieces)
+    }
+
+    /// How many pieces there are.
     pub fn len(&self) -> usize {
         self.live.len()
+    }
+
+    /// Pieces, samples and runs of zeros.
+    fn items(&self) -> usize {
+        self.live.len() + self.zeros.len() + self.samples.len()
     }
 
     /// Whether nothing is known of the image.
@@ -168,7 +222,10 @@ impl Recipe {
             Record::Entries(entries) => entries
                 .iter()
                 .all(|entry| entry.range().is_some_and(|range| range.end <= self.image_bytes)),
-            Record::Void(ranges) => {
+            Record::Samples(samples) => {
+                samples.iter().all(|sample| sample.offset < self.image_bytes)
+            }
+            Record::Void(ranges) | Record::Zeros(ranges) => {
                 ranges.iter().all(|range| range.start < range.end && range.end <= self.image_bytes)
             }
             Record::Complete(_) => true,
@@ -190,14 +247,45 @@ impl Recipe {
                 ranges.iter().for_each(|range| self.forget(range.clone()));
                 self.logged += ranges.len() as u64;
             }
+            Record::Zeros(ranges) => {
+                for range in ranges {
+                    self.forget(range.clone());
+                    self.add_zeros(range.clone());
+                }
+                self.logged += ranges.len() as u64;
+            }
+            Record::Samples(samples) => {
+                self.samples.extend(samples.iter().map(|sample| (sample.offset, sample.id)));
+                self.logged += samples.len() as u64;
+            }
             Record::Complete(completed) => self.complete = Some(*completed),
         }
         self.log_bytes += bytes;
     }
 
-    /// Drops every entry that has a byte in `range`: part of a chunk is not that chunk.
+    /// Takes in zeros where nothing is known, joined with those beside them.
+    fn add_zeros(&mut self, mut range: Range<u64>) {
+        if let Some(end) = self.zeros.remove(&range.end) {
+            range.end = end;
+        }
+        match self.zeros.range_mut(..range.start).next_back() {
+            Some((_, end)) if *end == range.start => *end = range.end,
+            _ => {
+                self.zeros.insert(range.start, range.end);
+            }
+        }
+    }
+
+    /// Drops every piece that has a byte in `range`, because part of a piece is not that piece; the
+    /// samples in it; and what it has of zeros.
     fn forget(&mut self, range: Range<u64>) {
-        let reach = u64::from(MAX_CHUNK_BYTES);
+        self.forget_zeros(&range);
+        let samples: Vec<u64> =
+            self.samples.range(range.clone()).map(|(offset, _)| *offset).collect();
+        for offset in samples {
+            self.samples.remove(&offset);
+        }
+        let reach = u64::from(MAX_PIECE_BYTES);
         let stale: Vec<u64> = self
             .live
             .range(range.start.saturating_sub(reach)..range.end)
@@ -206,6 +294,25 @@ impl Recipe {
             .collect();
         for offset in stale {
             self.live.remove(&offset);
+        }
+    }
+
+    fn forget_zeros(&mut self, range: &Range<u64>) {
+        let touched: Vec<(u64, u64)> = self
+            .zeros
+            .range(..range.end)
+            .rev()
+            .take_while(|(_, end)| **end > range.start)
+            .map(|(start, end)| (*start, *end))
+            .collect();
+        for (start, end) in touched {
+            self.zeros.remove(&start);
+            if start < range.start {
+                self.zeros.insert(start, range.start);
+            }
+            if end > range.end {
+                self.zeros.insert(range.end, end);
+            }
         }
     }
 }

@@ -6,12 +6,14 @@
 
 use bytes::Bytes;
 use longhaul_dedup::{
+    blocks::{ShortId, piece_id},
     bundle::{BundlePart, ChunkBundle, MAX_BUNDLE_BYTES},
     chunk::RawChunk,
     compress::{Compressor, Level, Packed, decompress},
     id::ChunkId,
-    offer::{Offer, Want},
+    offer::{Answer, BlockList, Offer},
     recipe::RecipeEntry,
+    summary::{Summaries, Summary},
 };
 use proptest::prelude::*;
 
@@ -47,20 +49,35 @@ fn mutate(bytes: &[u8], mutations: &[(prop::sample::Index, u8)]) -> Vec<u8> {
 }
 
 fn offer() -> impl Strategy<Value = Offer> {
-    let gaps = prop::collection::vec((0_u64..1 << 40, 1_u32..=1 << 20, any::<[u8; 32]>()), 0..200);
-    (any::<u16>(), 0_u64..1 << 60, gaps).prop_map(|(disk, first, parts)| {
+    let gaps = prop::collection::vec((0_u64..1 << 28, 1_u32..=64, any::<[u8; 32]>()), 0..200);
+    (any::<u16>(), gaps, 0_u32..4096).prop_map(|(disk, parts, short)| {
         let mut offset = 0;
-        let entries = parts
+        let mut entries: Vec<RecipeEntry> = parts
             .into_iter()
-            .map(|(gap, len, id)| {
-                offset += gap;
-                let entry = RecipeEntry { offset, len, id: ChunkId::from_bytes(id) };
-                offset += u64::from(len);
+            .map(|(gap, blocks, id)| {
+                offset += gap * 4096;
+                let entry = RecipeEntry { offset, len: blocks * 4096, id: ChunkId::from_bytes(id) };
+                offset += u64::from(entry.len);
                 entry
             })
             .collect();
-        Offer { disk, first, entries }
+        if let Some(last) = entries.last_mut() {
+            last.len -= short;
+        }
+        Offer { disk, entries }
     })
+}
+
+fn summaries() -> impl Strategy<Value = Summaries> {
+    let parcel = prop_oneof![Just(Summary::Zeros), any::<[u8; 32]>().prop_map(Summary::Pieces),];
+    (any::<u16>(), any::<u64>(), prop::collection::vec(parcel, 0..100))
+        .prop_map(|(disk, first, parcels)| Summaries { disk, first, parcels })
+}
+
+fn answer() -> impl Strategy<Value = Answer> {
+    let run = (any::<bool>(), 1_usize..300).prop_map(|(wanted, len)| vec![wanted; len]);
+    let bits = prop::collection::vec(any::<bool>(), 0..100);
+    prop::collection::vec(prop_oneof![run, bits], 0..6).prop_map(|parts| Answer(parts.concat()))
 }
 
 fn bundle() -> impl Strategy<Value = ChunkBundle> {
@@ -71,7 +88,9 @@ fn bundle() -> impl Strategy<Value = ChunkBundle> {
             offset,
             chunk: RawChunk::new(data.into()).hash(),
         });
-    (any::<u16>(), prop::collection::vec(prop_oneof![zero, chunk], 0..12))
+    let blocks = (0_u64..1 << 40, data(20_000).prop_filter("blocks have bytes", |d| !d.is_empty()))
+        .prop_map(|(offset, data)| BundlePart::Blocks { offset, data: data.into() });
+    (any::<u16>(), prop::collection::vec(prop_oneof![zero, chunk, blocks], 0..12))
         .prop_map(|(disk, parts)| ChunkBundle { disk, parts })
 }
 
@@ -108,44 +127,44 @@ proptest! {
     }
 
     #[test]
-    fn offers_and_answers_come_back(offer in offer(), wanted in any::<[u8; 25]>(), sparse: bool) {
+    fn messages_of_the_exchange_come_back(
+        offer in offer(),
+        summaries in summaries(),
+        answer in answer(),
+        list in (any::<u64>(), prop::collection::vec(any::<[u8; 8]>(), 0..100)),
+    ) {
         prop_assert_eq!(&Offer::decode(&offer.encode()).unwrap(), &offer);
-        let mut place = 0;
-        let want = Want::answer(&offer, |_| {
-            place += 1;
-            let bits = wanted[(place - 1) / 8];
-            if sparse { bits > 240 } else { bits >> (place % 8) & 1 == 1 }
-        });
-        let again = Want::decode(&want.encode()).unwrap();
-        prop_assert_eq!(&again, &want);
-        prop_assert!(again.answers(&offer));
+        prop_assert_eq!(&Summaries::decode(&summaries.encode()).unwrap(), &summaries);
+        prop_assert_eq!(&Answer::decode(&answer.encode(), answer.0.len()).unwrap(), &answer);
+        let blocks = list.1.into_iter().map(ShortId::from_bytes).collect();
+        let list = BlockList { offer: list.0, blocks };
+        prop_assert_eq!(&BlockList::decode(&list.encode()).unwrap(), &list);
     }
 
     #[test]
-    fn a_changed_offer_is_refused_or_says_something_else(offer in offer(), mutations in mutations()) {
+    fn a_changed_message_is_refused_or_says_something_else(
+        offer in offer(),
+        summaries in summaries(),
+        answer in answer(),
+        mutations in mutations(),
+    ) {
         let bytes = mutate(&offer.encode(), &mutations);
         if let Ok(changed) = Offer::decode(&bytes) {
             prop_assert_eq!(&changed.encode()[..], &bytes[..]);
         }
-        prop_assert!((0..bytes.len()).all(|len| Offer::decode(&offer.encode()[..len]).is_err()));
-    }
-
-    #[test]
-    fn a_changed_want_is_refused_or_says_something_else(
-        offer in offer(),
-        every in 1_usize..9,
-        mutations in mutations(),
-    ) {
-        let mut place = 0;
-        let want = Want::answer(&offer, |_| {
-            place += 1;
-            place % every == 0
-        });
-        let bytes = want.encode();
-        if let Ok(changed) = Want::decode(&mutate(&bytes, &mutations)) {
-            prop_assert_eq!(&Want::decode(&changed.encode()).unwrap(), &changed);
+        let whole = offer.encode();
+        prop_assert!((0..whole.len()).all(|len| Offer::decode(&whole[..len]).is_err()));
+        let bytes = mutate(&summaries.encode(), &mutations);
+        if let Ok(changed) = Summaries::decode(&bytes) {
+            prop_assert_eq!(&changed.encode()[..], &bytes[..]);
         }
-        prop_assert!((0..bytes.len()).all(|len| Want::decode(&bytes[..len]).is_err()));
+        let whole = summaries.encode();
+        prop_assert!((0..whole.len()).all(|len| Summaries::decode(&whole[..len]).is_err()));
+        let (whole, count) = (answer.encode(), answer.0.len());
+        if let Ok(changed) = Answer::decode(&mutate(&whole, &mutations), count) {
+            prop_assert_eq!(changed.0.len(), count);
+        }
+        prop_assert!((0..whole.len()).all(|len| Answer::decode(&whole[..len], count).is_err()));
     }
 
     #[test]
@@ -166,7 +185,7 @@ proptest! {
         if let Ok(changed) = ChunkBundle::decode(&mutate(&bytes, &mutations).into(), 1 << 20) {
             for part in changed.parts {
                 if let BundlePart::Chunk { chunk, .. } = part {
-                    prop_assert_eq!(ChunkId::of(chunk.data()), chunk.id());
+                    prop_assert_eq!(piece_id(chunk.data()), chunk.id());
                 }
             }
         }
@@ -178,10 +197,12 @@ proptest! {
     fn garbage_is_no_message(garbage in prop::collection::vec(any::<u8>(), 0..400), version: bool) {
         let mut bytes = garbage;
         if version && let Some(first) = bytes.first_mut() {
-            *first = 1;
+            *first = 2;
         }
         let _ = Offer::decode(&bytes);
-        let _ = Want::decode(&bytes);
+        let _ = BlockList::decode(&bytes);
+        let _ = Answer::decode(&bytes, 100);
+        let _ = Summaries::decode(&bytes);
         let bytes = Bytes::from(bytes);
         let _ = ChunkBundle::decode(&bytes, 1 << 20);
         if let Ok(packed) = Packed::decode(&bytes) {

@@ -1,6 +1,7 @@
 //! The recipe's file under crashes, damage and ordinary use.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::Write,
     ops::Range,
@@ -9,13 +10,16 @@ use std::{
 };
 
 use longhaul_dedup::{
+    blocks::ShortId,
     id::ChunkId,
-    recipe::{HeaderError, ImageIdentity, Recipe, RecipeEntry, RecipeError, RecipeLog},
+    recipe::{HeaderError, ImageIdentity, Recipe, RecipeEntry, RecipeError, RecipeLog, Sample},
 };
 use proptest::prelude::*;
 use tempfile::TempDir;
 
 const IMAGE_BYTES: u64 = 1 << 20;
+/// In a model of an image: a byte that is known to be zero.
+const ZERO: usize = usize::MAX;
 
 fn entry(offset: u64, len: u32) -> RecipeEntry {
     let id = ChunkId::of(&[&offset.to_le_bytes()[..], &len.to_le_bytes()].concat());
@@ -46,14 +50,16 @@ fn the_name_is_the_images_with_a_suffix() {
     assert_eq!(path, PathBuf::from("/images/a.qcow2.longhaul-recipe"));
 }
 
-/// Version 1, byte for byte. If this fails, released files can no longer be read: restore the
-/// layout or make a version 2.
+/// Version 2, byte for byte. If this fails, released files can no longer be read: restore the
+/// layout or make a version 3.
 #[test]
-fn the_bytes_of_version_1_are_fixed() {
+fn the_bytes_of_version_2_are_fixed() {
     let (_dir, path) = place();
     let mut log = RecipeLog::create(&path, IMAGE_BYTES).unwrap();
     log.append(&[RecipeEntry { offset: 4096, len: 512, id: ChunkId::of(b"one") }]).unwrap();
-    log.void(Some(4096..8192)).unwrap();
+    log.append_samples(&[Sample { offset: 4096, id: ShortId::from_bytes(*b"16blocks") }]).unwrap();
+    log.append_zeros(Some(8192..16384)).unwrap();
+    log.void(Some(4096..12288)).unwrap();
     log.mark_complete(3, identity()).unwrap();
     let bytes = fs::read(&path).unwrap();
     assert_eq!(hex(&bytes), GOLDEN);
@@ -64,25 +70,34 @@ fn the_bytes_of_version_1_are_fixed() {
     let recipe = Recipe::read(&golden[..]).unwrap();
     assert_eq!(recipe.image_bytes(), IMAGE_BYTES);
     assert!(recipe.is_empty());
+    assert_eq!(recipe.samples().count(), 0);
+    assert!(recipe.zeros().eq([12288..16384]));
     let completed = recipe.complete().unwrap();
     assert_eq!((completed.generation, completed.image), (3, identity()));
 }
 
-/// Header and its hash; chunk record: head, offset and length, id, check; void record: head, range,
-/// check; complete record: head, generation and identity, check.
+/// Header and its hash; piece record: head, offset and length, id, check; sample record: head, offset
+/// and short id, check; zeros and void records: head, range, check; complete record: head, generation
+/// and identity, check.
 const GOLDEN: &str = concat!(
-    "4c48524543495045010000000000000000001000000000000000000000000000",
-    "ff68d423c05c30cc665fa8a8652c7e8836a7d2dacb302f22db69f916b4922834",
+    "4c48524543495045020000000000000000001000000000000000000000000000",
+    "ef5227b819477dcc67d0659a4953431fca5a47cb1d4d778e7475a923f3d4e532",
     "0100000001000000",
     "001000000000000000020000",
     "d33fb48ab5adff269ae172b29a6913ff04f6f266207a7a8e976f2ecd571d4492",
     "431cfc59f6b2cf05f9fc7f9e2c1749ed",
+    "0500000001000000",
+    "00100000000000003136626c6f636b73",
+    "1fc73e4bcd0bdbc6c44e3c18c8ad5165",
+    "0400000001000000",
+    "00200000000000000020000000000000",
+    "b21ef622cff0032d7f41bc99c9c1a2b6",
     "0200000001000000",
-    "00100000000000000010000000000000",
-    "5361a5982323d749c77d3aa2116f5925",
+    "00100000000000000020000000000000",
+    "aa5f4f05741f8bc20b52e187065aa6dd",
     "0300000001000000",
     "03000000000000000903000000000000fbffffffffffffff2a00000000000000",
-    "d554afd61eb0e720021f13b8b600e531",
+    "a7bd740de5e865f0d252c0bc30b0cea9",
 );
 
 #[test]
@@ -226,17 +241,17 @@ fn a_newer_version_is_refused_and_left_alone() {
     let (_dir, path) = place();
     RecipeLog::create(&path, IMAGE_BYTES).unwrap();
     let mut bytes = fs::read(&path).unwrap();
-    bytes[8] = 2;
+    bytes[8] = 3;
     let check = *blake3::hash(&bytes[..32]).as_bytes();
     bytes[32..].copy_from_slice(&check);
     fs::write(&path, &bytes).unwrap();
     let error = RecipeLog::open(&path).unwrap_err();
     assert!(matches!(
         error,
-        RecipeError::Unreadable { reason: HeaderError::Version { found: 2 }, .. }
+        RecipeError::Unreadable { reason: HeaderError::Version { found: 3 }, .. }
     ));
     assert!(error.to_string().ends_with(
-        "disk.qcow2.longhaul-recipe: its format is version 2, this release reads version 1: \
+        "disk.qcow2.longhaul-recipe: its format is version 3, this release reads version 2: \
          remove the file to start anew"
     ));
     assert_eq!(fs::read(&path).unwrap(), bytes);
@@ -247,7 +262,8 @@ fn nothing_outside_the_image_is_recorded() {
     let (_dir, path) = place();
     let mut log = RecipeLog::create(&path, IMAGE_BYTES).unwrap();
     let before = fs::read(&path).unwrap();
-    for bad in [entry(IMAGE_BYTES - 1, 2), entry(u64::MAX, 1), entry(0, 0), entry(0, (1 << 20) + 1)]
+    for bad in
+        [entry(IMAGE_BYTES - 1, 2), entry(u64::MAX, 1), entry(0, 0), entry(0, (256 << 10) + 1)]
     {
         let error = log.append(&[entry(0, 1), bad]).unwrap_err();
         assert!(matches!(error, RecipeError::OutsideImage { .. }), "{error}");
@@ -301,6 +317,8 @@ fn a_crash_while_compacting_leaves_the_old_log() {
 enum Op {
     Append(Vec<(u64, u32)>),
     Void(u64, u64),
+    Zeros(u64, u64),
+    Sample(u64),
     Complete(u64),
     Compact,
     Restart,
@@ -311,6 +329,8 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         6 => prop::collection::vec((0_u64..3900, 1_u32..100), 0..20).prop_map(Op::Append),
         2 => (0_u64..3900, 1_u64..100).prop_map(|(start, len)| Op::Void(start, len)),
+        2 => (0_u64..3900, 1_u64..100).prop_map(|(start, len)| Op::Zeros(start, len)),
+        2 => (0_u64..4096).prop_map(Op::Sample),
         1 => any::<u64>().prop_map(Op::Complete),
         1 => Just(Op::Compact),
         1 => Just(Op::Restart),
@@ -320,13 +340,15 @@ fn op() -> impl Strategy<Value = Op> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
-    /// The model is an image of 4096 bytes, each with the number of the write that it came from.
+    /// The model is an image of 4096 bytes, each with the number of the write that it came from: 0 if
+    /// nothing is known of it.
     #[test]
     fn the_list_is_what_the_writes_left(ops in prop::collection::vec(op(), 1..40)) {
         let (_dir, path) = place();
         let mut log = RecipeLog::create(&path, 4096).unwrap();
         let mut image = [0_usize; 4096];
         let mut writes = vec![None];
+        let mut samples = BTreeMap::new();
         let mut complete = None;
         for op in ops {
             match op {
@@ -335,6 +357,7 @@ proptest! {
                         parts.iter().map(|(offset, len)| entry(*offset, *len)).collect();
                     log.append(&list).unwrap();
                     for entry in &list {
+                        samples.retain(|offset, _| !entry.range().unwrap().contains(offset));
                         image[entry.offset as usize..][..entry.len as usize].fill(writes.len());
                         writes.push(Some(*entry));
                     }
@@ -345,6 +368,19 @@ proptest! {
                 Op::Void(start, len) => {
                     log.void(Some(start..start + len)).unwrap();
                     image[start as usize..][..len as usize].fill(0);
+                    samples.retain(|offset, _| !(start..start + len).contains(offset));
+                    complete = None;
+                }
+                Op::Zeros(start, len) => {
+                    log.append_zeros(Some(start..start + len)).unwrap();
+                    image[start as usize..][..len as usize].fill(ZERO);
+                    samples.retain(|offset, _| !(start..start + len).contains(offset));
+                    complete = None;
+                }
+                Op::Sample(offset) => {
+                    let id = ShortId::from_bytes(samples.len().to_le_bytes());
+                    log.append_samples(&[Sample { offset, id }]).unwrap();
+                    samples.insert(offset, id);
                     complete = None;
                 }
                 Op::Complete(generation) => {
@@ -374,6 +410,17 @@ proptest! {
             .map(|(_, entry)| entry)
             .collect();
         expected.sort_by_key(|entry| entry.offset);
+        for recipe in [log.recipe(), &RecipeLog::load(&path).unwrap()] {
+            let zeros: Vec<u64> = recipe.zeros().flatten().collect();
+            let is_zero = |at: &u64| image[*at as usize] == ZERO;
+            prop_assert_eq!(zeros, (0..4096).filter(is_zero).collect::<Vec<u64>>());
+            let listed: BTreeMap<u64, ShortId> =
+                recipe.samples().map(|sample| (sample.offset, sample.id)).collect();
+            prop_assert_eq!(&listed, &samples);
+            let whole = expected.iter().map(|entry| u64::from(entry.len)).sum::<u64>()
+                + recipe.zeros().map(|range| range.end - range.start).sum::<u64>();
+            prop_assert_eq!(recipe.known(&(0..4096)).is_some(), whole == 4096);
+        }
         prop_assert_eq!(entries(log.recipe()), &expected[..]);
         prop_assert_eq!(entries(&RecipeLog::load(&path).unwrap()), expected);
     }

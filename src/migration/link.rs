@@ -19,7 +19,7 @@ use super::report::{ClassReport, LinkReport};
 
 /// Answers of the target that nobody has read yet; more is a protocol error of the peer's.
 const REPLIES_MAX: usize = 64;
-/// Answers to offers that nobody has read yet: no more offers than this are ever outstanding.
+/// Answers about disks that nobody has read yet: no more questions than this are ever outstanding.
 const WANTS_MAX: usize = 256;
 
 /// A round trip below this is noise: everything is one machine.
@@ -53,7 +53,7 @@ pub(super) struct Link {
     session: Session,
     control: Mutex<ControlSender>,
     replies: Mutex<mpsc::Receiver<ToSource>>,
-    wants: Mutex<mpsc::Receiver<(u64, Vec<u8>)>>,
+    wants: Mutex<mpsc::Receiver<ToSource>>,
     applied: watch::Receiver<Applied>,
     health: watch::Receiver<Health>,
     rounds: AtomicU32,
@@ -193,8 +193,13 @@ impl Link {
         }
     }
 
-    /// The answer to one of the offers.
-    pub(super) async fn want(&self) -> Result<(u64, Vec<u8>), MigrationError> {
+    /// An answer to a question about a disk that is here already.
+    pub(super) async fn want_ready(&self) -> Option<ToSource> {
+        self.wants.lock().await.try_recv().ok()
+    }
+
+    /// The answer to one of the questions about a disk.
+    pub(super) async fn want(&self) -> Result<ToSource, MigrationError> {
         let mut wants = self.wants.lock().await;
         match wants.recv().await {
             Some(want) => Ok(want),
@@ -288,7 +293,7 @@ impl Link {
 async fn sort(
     mut receiver: ControlReceiver,
     replies: mpsc::Sender<ToSource>,
-    wants: mpsc::Sender<(u64, Vec<u8>)>,
+    wants: mpsc::Sender<ToSource>,
     applied: watch::Sender<Applied>,
 ) -> Health {
     loop {
@@ -298,8 +303,8 @@ async fn sort(
             Err(error) => return Health::Cut(error.to_string()),
         };
         match message {
-            ToSource::Want { item, wanted } => {
-                if wants.try_send((item, wanted)).is_err() {
+            answer @ (ToSource::Want { .. } | ToSource::Lacking { .. }) => {
+                if wants.try_send(answer).is_err() {
                     return Health::Cut("it answers offers that were not made".into());
                 }
             }

@@ -18,6 +18,8 @@ use crate::hypervisor::{DiskInfo, MemoryLayout};
 const MAX_HEADER_BYTES: usize = 32 * 1024;
 /// Regions of memory in one VM; QEMU guests have about ten.
 pub const MAX_REGIONS: usize = 64;
+/// Pieces in one [`ToSource::Lacking`].
+pub const MAX_LACKING: usize = 1024;
 /// Disks of one VM.
 pub const MAX_DISKS: usize = 64;
 
@@ -190,12 +192,23 @@ pub enum ToSource {
         /// Each in a sentence.
         reasons: Vec<String>,
     },
-    /// The answer to an offer: one bit for each entry.
+    /// The answer to summaries, an offer or a list of blocks: one bit for each.
     Want {
-        /// The disk item that was the offer.
+        /// The disk item that asked.
         item: u64,
-        /// Encoded by `dedup::offer`.
+        /// Encoded by `dedup::offer`: which of them differ, or are not here.
         wanted: Vec<u8>,
+        /// To summaries: this disk need not be asked by them any more. To an offer: send the wanted
+        /// pieces whole, nothing is here that their blocks could be found in.
+        plain: bool,
+    },
+    /// The answer to the end of a disk: pieces that did not come together, each with its first byte
+    /// and its length. They are wanted whole; with none the disk is as it was offered.
+    Lacking {
+        /// The disk item that was the end.
+        item: u64,
+        /// At most [`MAX_LACKING`] of them; more are told at the next end.
+        pieces: Vec<(u64, u32)>,
     },
     /// Everything of this round is written.
     RoundDone {
@@ -234,12 +247,29 @@ pub enum ToSource {
 /// What a bulk item is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BulkHeader {
-    /// Chunks that the source could send. Body: `dedup::offer::Offer`.
+    /// Parcels of a disk in a hash each. Body: `dedup::summary::Summaries`.
+    Summaries {
+        /// Number of this disk item.
+        item: u64,
+    },
+    /// Pieces that the source could send. Body: `dedup::offer::Offer`.
     Offer {
         /// Number of this disk item in the attempt, from 0.
         item: u64,
     },
-    /// Chunks and zero stretches. Body: `dedup::bundle::ChunkBundle`.
+    /// Blocks of those that are wanted. Body: `dedup::offer::BlockList`.
+    Blocks {
+        /// Number of this disk item.
+        item: u64,
+    },
+    /// Everything that was asked for of a disk has been sent. No body.
+    End {
+        /// Number of this disk item.
+        item: u64,
+        /// The disk.
+        disk: u16,
+    },
+    /// Pieces, blocks and zero stretches. Body: `dedup::bundle::ChunkBundle`.
     Chunks {
         /// Number of this disk item.
         item: u64,

@@ -4,11 +4,12 @@
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use longhaul_dedup::{
+    blocks::piece_id,
     bundle::{BundlePart, ChunkBundle},
     compress::{Packed, decompress},
     delta::{self, Delta},
-    id::ChunkId,
-    offer::{Offer, Want},
+    offer::{Answer, BlockList, Offer},
+    summary::Summaries,
 };
 
 const MAX_UNPACKED: usize = 1 << 20;
@@ -16,15 +17,18 @@ const MAX_UNPACKED: usize = 1 << 20;
 fuzz_target!(|input: &[u8]| {
     let Some((choice, message)) = input.split_first() else { return };
     let bytes = Bytes::copy_from_slice(message);
-    match choice % 5 {
+    match choice % 7 {
         0 => {
             if let Ok(offer) = Offer::decode(message) {
                 assert_eq!(offer.encode(), bytes);
             }
         }
         1 => {
-            if let Ok(want) = Want::decode(message) {
-                assert_eq!(Want::decode(&want.encode()), Ok(want));
+            let Some((count, answer)) = message.split_first() else { return };
+            let count = usize::from(*count) * 17;
+            if let Ok(answer) = Answer::decode(answer, count) {
+                assert_eq!(answer.0.len(), count);
+                assert_eq!(Answer::decode(&answer.encode(), count), Ok(answer));
             }
         }
         2 => {
@@ -32,12 +36,22 @@ fuzz_target!(|input: &[u8]| {
                 for part in &bundle.parts {
                     assert!(!part.range().is_empty());
                     if let BundlePart::Chunk { chunk, .. } = part {
-                        assert_eq!(ChunkId::of(chunk.data()), chunk.id());
+                        assert_eq!(piece_id(chunk.data()), chunk.id());
                     }
                 }
             }
         }
         3 => {
+            if let Ok(summaries) = Summaries::decode(message) {
+                assert_eq!(summaries.encode(), bytes);
+            }
+        }
+        4 => {
+            if let Ok(list) = BlockList::decode(message) {
+                assert_eq!(list.encode(), bytes);
+            }
+        }
+        5 => {
             if let Ok(packed) = Packed::decode(&bytes)
                 && let Ok(data) = decompress(&packed, MAX_UNPACKED)
             {

@@ -13,4 +13,11 @@ fuzz_target!(|input: &[u8]| {
         assert!(range.start >= end && range.end <= recipe.image_bytes());
         end = range.end;
     }
+    let mut end = 0;
+    for range in recipe.zeros() {
+        assert!(range.start >= end && range.start < range.end && range.end <= recipe.image_bytes());
+        end = range.end;
+    }
+    let known = recipe.known(&(0..recipe.image_bytes()));
+    assert!(known.is_none_or(|pieces| pieces.len() == recipe.len()));
 });

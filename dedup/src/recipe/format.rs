@@ -8,13 +8,14 @@ use std::io::{self, Read};
 use std::ops::Range;
 
 use crate::{
+    blocks::ShortId,
     cursor::{Cursor, DecodeError},
     id::ChunkId,
-    recipe::{Completed, ImageIdentity, RecipeEntry},
+    recipe::{Completed, ImageIdentity, RecipeEntry, Sample},
 };
 
 pub(super) const MAGIC: [u8; 8] = *b"LHRECIPE";
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 pub(super) const HEADER_BYTES: usize = 64;
 
 /// Items in one record: a record is read and checked as a whole, in 180 KiB of memory at most.
@@ -24,18 +25,23 @@ const HEADER_CHECKED: usize = 32;
 const HEAD_BYTES: usize = 8;
 const CHECK_BYTES: usize = 16;
 const ENTRY_BYTES: usize = 8 + 4 + ChunkId::BYTES;
-const VOID_BYTES: usize = 8 + 8;
+const RANGE_BYTES: usize = 8 + 8;
+const SAMPLE_BYTES: usize = 8 + ShortId::BYTES;
 const COMPLETE_BYTES: usize = 8 + 8 + 8 + 8;
 
 const KIND_ENTRIES: u8 = 1;
 const KIND_VOID: u8 = 2;
 const KIND_COMPLETE: u8 = 3;
+const KIND_ZEROS: u8 = 4;
+const KIND_SAMPLES: u8 = 5;
 
 /// One record of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Record {
     Entries(Vec<RecipeEntry>),
     Void(Vec<Range<u64>>),
+    Zeros(Vec<Range<u64>>),
+    Samples(Vec<Sample>),
     Complete(Completed),
 }
 
@@ -83,6 +89,8 @@ pub(super) fn encode_record(at: u64, record: &Record) -> Vec<u8> {
     let (kind, count) = match record {
         Record::Entries(entries) => (KIND_ENTRIES, entries.len()),
         Record::Void(ranges) => (KIND_VOID, ranges.len()),
+        Record::Zeros(ranges) => (KIND_ZEROS, ranges.len()),
+        Record::Samples(samples) => (KIND_SAMPLES, samples.len()),
         Record::Complete(_) => (KIND_COMPLETE, 1),
     };
     assert!((1..=MAX_RECORD_ITEMS).contains(&count), "the log splits what it appends");
@@ -96,7 +104,13 @@ pub(super) fn encode_record(at: u64, record: &Record) -> Vec<u8> {
                 out.extend_from_slice(entry.id.as_bytes());
             }
         }
-        Record::Void(ranges) => {
+        Record::Samples(samples) => {
+            for sample in samples {
+                out.extend_from_slice(&sample.offset.to_le_bytes());
+                out.extend_from_slice(sample.id.as_bytes());
+            }
+        }
+        Record::Void(ranges) | Record::Zeros(ranges) => {
             for range in ranges {
                 out.extend_from_slice(&range.start.to_le_bytes());
                 out.extend_from_slice(&(range.end - range.start).to_le_bytes());
@@ -126,7 +140,8 @@ pub(super) fn read_record(input: &mut impl Read, at: u64) -> io::Result<Option<(
     };
     let item_bytes = match kind {
         KIND_ENTRIES => ENTRY_BYTES,
-        KIND_VOID => VOID_BYTES,
+        KIND_VOID | KIND_ZEROS => RANGE_BYTES,
+        KIND_SAMPLES => SAMPLE_BYTES,
         _ => COMPLETE_BYTES,
     };
     // Bounded: `decode_head` checked kind and count.
@@ -145,7 +160,7 @@ fn decode_head(head: &[u8]) -> Result<(u8, usize), DecodeError> {
     let reserved = cursor.array::<3>("reserved")?;
     let count = cursor.u32("count")? as usize;
     let most = match kind {
-        KIND_ENTRIES | KIND_VOID => MAX_RECORD_ITEMS,
+        KIND_ENTRIES | KIND_VOID | KIND_ZEROS | KIND_SAMPLES => MAX_RECORD_ITEMS,
         KIND_COMPLETE => 1,
         _ => return Err(DecodeError::Invalid { what: "kind" }),
     };
@@ -168,7 +183,15 @@ fn decode_body(kind: u8, count: usize, body: &[u8]) -> Result<Record, DecodeErro
             }
             Record::Entries(entries)
         }
-        KIND_VOID => {
+        KIND_SAMPLES => {
+            let mut samples = Vec::with_capacity(count);
+            for _ in 0..count {
+                let offset = cursor.u64("offset")?;
+                samples.push(Sample { offset, id: ShortId::from_bytes(cursor.array("id")?) });
+            }
+            Record::Samples(samples)
+        }
+        KIND_VOID | KIND_ZEROS => {
             let mut ranges = Vec::with_capacity(count);
             for _ in 0..count {
                 let start = cursor.u64("offset")?;
@@ -176,7 +199,7 @@ fn decode_body(kind: u8, count: usize, body: &[u8]) -> Result<Record, DecodeErro
                 let end = start.checked_add(len).ok_or(DecodeError::Invalid { what: "length" })?;
                 ranges.push(start..end);
             }
-            Record::Void(ranges)
+            if kind == KIND_VOID { Record::Void(ranges) } else { Record::Zeros(ranges) }
         }
         _ => Record::Complete(Completed {
             generation: cursor.u64("generation")?,

@@ -4,7 +4,7 @@
 //! failed one leaves bytes that no reader takes for a record, and files are replaced only by
 //! complete and synced ones.
 //!
-//! Order of writes, which the caller keeps: before a range with known chunks is overwritten,
+//! Order of writes, which the caller keeps: before a range with known pieces is overwritten,
 //! [`void`](RecipeLog::void) it and [`sync`](RecipeLog::sync); [`append`](RecipeLog::append) after
 //! the image has the bytes; sync the image before [`mark_complete`](RecipeLog::mark_complete).
 
@@ -18,6 +18,7 @@ use std::{
 
 use super::{
     Completed, HeaderError, ImageIdentity, MAX_RECIPE_ENTRIES, ReadError, Recipe, RecipeEntry,
+    Sample,
     format::{self, MAX_RECORD_ITEMS, Record},
 };
 
@@ -46,14 +47,14 @@ pub enum RecipeError {
         /// What is wrong with it.
         reason: HeaderError,
     },
-    /// More chunks than a recipe may list.
-    #[error("recipe {path}: more than {MAX_RECIPE_ENTRIES} chunks: use larger chunks")]
+    /// More than a recipe may list.
+    #[error("recipe {path}: more than {MAX_RECIPE_ENTRIES} pieces")]
     TooManyEntries {
         /// The recipe's file.
         path: PathBuf,
     },
-    /// A chunk or range that is empty, too long or not in the image. Nothing was written.
-    #[error("recipe {path}: bytes {start}..{end} are no chunk or range of this image")]
+    /// A piece or range that is empty, too long or not in the image. Nothing was written.
+    #[error("recipe {path}: bytes {start}..{end} are no piece or range of this image")]
     OutsideImage {
         /// The recipe's file.
         path: PathBuf,
@@ -131,9 +132,25 @@ impl RecipeLog {
         self.recipe.complete()
     }
 
-    /// Records chunks that the image now holds. They supersede whatever overlaps them.
+    /// Records pieces that the image now holds. They supersede whatever overlaps them.
     pub fn append(&mut self, entries: &[RecipeEntry]) -> Result<(), RecipeError> {
         let records = entries.chunks(MAX_RECORD_ITEMS).map(|part| Record::Entries(part.to_vec()));
+        self.write(records.collect())
+    }
+
+    /// Records blocks that belong into the index, behind the pieces that they are of.
+    pub fn append_samples(&mut self, samples: &[Sample]) -> Result<(), RecipeError> {
+        let records = samples.chunks(MAX_RECORD_ITEMS).map(|part| Record::Samples(part.to_vec()));
+        self.write(records.collect())
+    }
+
+    /// Records that these parts of the image are zeros now.
+    pub fn append_zeros(
+        &mut self,
+        ranges: impl IntoIterator<Item = Range<u64>>,
+    ) -> Result<(), RecipeError> {
+        let ranges: Vec<Range<u64>> = ranges.into_iter().collect();
+        let records = ranges.chunks(MAX_RECORD_ITEMS).map(|part| Record::Zeros(part.to_vec()));
         self.write(records.collect())
     }
 
@@ -150,7 +167,7 @@ impl RecipeLog {
     /// Returns once everything appended is durable. Rewrites the file first if more than half of
     /// it was superseded.
     pub fn sync(&mut self) -> Result<(), RecipeError> {
-        let live = self.recipe.len() as u64;
+        let live = self.recipe.items() as u64;
         if self.recipe.logged > (2 * live).max(COMPACT_FROM_ITEMS) {
             return self.compact();
         }
@@ -180,20 +197,19 @@ impl RecipeLog {
                 file.write_all(bytes).map(|()| log_bytes)
             };
             let mut at = put(&format::encode_header(recipe.image_bytes))?;
-            let mut entries = recipe.entries();
-            loop {
-                let part: Vec<RecipeEntry> = entries.by_ref().take(MAX_RECORD_ITEMS).collect();
-                if part.is_empty() {
-                    break;
-                }
-                at = put(&format::encode_record(at, &Record::Entries(part)))?;
+            // Samples last: what is recorded of their blocks before does not drop them.
+            let records = records(recipe.entries(), Record::Entries)
+                .chain(records(recipe.zeros(), Record::Zeros))
+                .chain(records(recipe.samples(), Record::Samples));
+            for record in records {
+                at = put(&format::encode_record(at, &record))?;
             }
             if let Some(completed) = recipe.complete {
                 put(&format::encode_record(at, &Record::Complete(completed)))?;
             }
             Ok(())
         })?;
-        self.recipe.logged = self.recipe.len() as u64;
+        self.recipe.logged = self.recipe.items() as u64;
         self.recipe.log_bytes = log_bytes;
         self.torn = false;
         Ok(())
@@ -204,20 +220,23 @@ impl RecipeLog {
         let mut at = self.recipe.log_bytes;
         let mut bytes = Vec::new();
         let mut lens = Vec::with_capacity(records.len());
-        let mut entries = 0;
+        let mut items = 0;
         for record in &records {
             if !self.recipe.admits(record) {
                 return Err(self.outside_image(record));
             }
-            if let Record::Entries(part) = record {
-                entries += part.len();
-            }
+            items += match record {
+                Record::Entries(part) => part.len(),
+                Record::Zeros(part) | Record::Void(part) => part.len(),
+                Record::Samples(part) => part.len(),
+                Record::Complete(_) => 0,
+            };
             let record_bytes = format::encode_record(at, record);
             at += record_bytes.len() as u64;
             lens.push(record_bytes.len() as u64);
             bytes.extend_from_slice(&record_bytes);
         }
-        if self.recipe.len() + entries > MAX_RECIPE_ENTRIES {
+        if self.recipe.items() + items > MAX_RECIPE_ENTRIES {
             return Err(RecipeError::TooManyEntries { path: self.path.clone() });
         }
         // Whole records of a failed append must not come to stand behind the next one's.
@@ -243,7 +262,11 @@ impl RecipeLog {
                 .iter()
                 .find(|entry| entry.range().is_none_or(|range| range.end > self.recipe.image_bytes))
                 .map(|entry| entry.offset..entry.offset.saturating_add(u64::from(entry.len))),
-            Record::Void(ranges) => ranges
+            Record::Samples(samples) => samples
+                .iter()
+                .find(|sample| sample.offset >= self.recipe.image_bytes)
+                .map(|sample| sample.offset..sample.offset.saturating_add(1)),
+            Record::Void(ranges) | Record::Zeros(ranges) => ranges
                 .iter()
                 .find(|range| range.start >= range.end || range.end > self.recipe.image_bytes)
                 .cloned(),
@@ -252,6 +275,17 @@ impl RecipeLog {
         let Range { start, end } = bad.unwrap_or_default();
         RecipeError::OutsideImage { path: self.path.clone(), start, end }
     }
+}
+
+/// Items in as many records as they need.
+fn records<T>(
+    mut items: impl Iterator<Item = T>,
+    record: impl Fn(Vec<T>) -> Record,
+) -> impl Iterator<Item = Record> {
+    std::iter::from_fn(move || {
+        let part: Vec<T> = items.by_ref().take(MAX_RECORD_ITEMS).collect();
+        (!part.is_empty()).then(|| record(part))
+    })
 }
 
 fn read(path: &Path, file: &File) -> Result<Recipe, RecipeError> {

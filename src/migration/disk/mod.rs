@@ -1,11 +1,28 @@
 //! Disks: what `seed`, `sync` and the last round of `switchover` send and receive.
 //!
+//! ```text
+//! source (send)              target (receive, find, assemble)
+//! summaries of parcels  ->   which differ
+//! pieces of those       ->   which are not here
+//! blocks of those       ->   which are not here
+//! runs of those blocks  ->   put together, hashed, written
+//! end of the disk       ->   what did not come together: sent whole
+//! ```
 //! Invariant: nothing is written to a target image that was not checked against its BLAKE3 id, and
-//! nothing is called present that was not read back and checked.
+//! nothing is called present that was not read back and checked, or is vouched for by a complete
+//! record of an image that nobody touched since.
 
+mod assemble;
+mod find;
+mod layout;
 mod receive;
 mod record;
 mod send;
+#[cfg(test)]
+mod tests;
+
+/// Parcels that the target has been asked about and that are not dealt with, at most.
+const PARCELS_UNDER_WAY: usize = 64;
 
 pub(super) use receive::DiskReceiver;
 pub(super) use record::ImageRecord;

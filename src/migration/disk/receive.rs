@@ -1,28 +1,34 @@
-//! The receiving half: answers offers from what lies here, checks chunks, writes images.
+//! The receiving half: says what lies here of what the source has, checks pieces, writes images.
 //!
 //! Invariant: every item is checked against the disk's bounds before anything is done with it; a
-//! place in an image is believed to hold a chunk only after it was read and hashed.
+//! place in an image is believed to hold a piece only after it was read and hashed, but for an image
+//! whose record is complete and which nobody touched since.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use longhaul_dedup::blocks::{self, BLOCK_BYTES, ShortId, hash_blocks};
 use longhaul_dedup::bundle::{BundlePart, ChunkBundle};
 use longhaul_dedup::chunk;
 use longhaul_dedup::chunker::{self, ZERO_GRANULARITY};
 use longhaul_dedup::id::ChunkId;
-use longhaul_dedup::index::{ChunkIndex, Location};
-use longhaul_dedup::offer::{Offer, Want};
-use longhaul_dedup::recipe::{ImageIdentity, RecipeEntry, RecipeError, RecipeLog};
+use longhaul_dedup::offer::{Answer, BlockList, Offer};
+use longhaul_dedup::pages::PageHash;
+use longhaul_dedup::recipe::{ImageIdentity, RecipeEntry, RecipeError, RecipeLog, Sample};
+use longhaul_dedup::summary::{Summaries, Summary, parcel_range};
 
 use super::super::error::MigrationError;
-use super::super::message::{BulkHeader, ToSource};
-use crate::hypervisor::spec::ImageFormat;
+use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
+use super::PARCELS_UNDER_WAY;
+use super::assemble::{Assemblies, Made, MadePiece, Slot};
+use super::find::{Finder, Shift};
+use super::layout::Layout;
+use super::record;
 use crate::hypervisor::{DiskImage, DiskInfo, ImageFile, IncomingDisk};
 
-/// Memory for the index of what lies here: more than 1 M chunks of 80 KiB.
-const INDEX_BYTES_MAX: usize = 64 << 20;
-/// Chunks that are waited for at several places; beyond it a repeated chunk is asked for again.
+/// Pieces that are waited for at several places; beyond it a repeated piece is asked for again.
 const WAITING_MAX: usize = 1 << 16;
 /// Written bytes that are made durable at once: a round that ends with a gigabyte in the page cache
 /// would hold up whoever waits for its end.
@@ -30,26 +36,41 @@ const FLUSH_BYTES: u64 = 64 << 20;
 /// Payload in one bundle that is believed.
 const BUNDLE_PAYLOAD_MAX: usize = 8 << 20;
 
-struct Disk {
-    info: DiskInfo,
-    image: Box<dyn DiskImage>,
+/// A disk that arrives.
+pub(super) struct Disk {
+    pub(super) info: DiskInfo,
+    pub(super) image: Box<dyn DiskImage>,
     log: RecipeLog,
     path: PathBuf,
-    /// What the log says, to be checked before it is believed.
-    recorded: HashSet<(u64, u32, ChunkId)>,
+    /// The record was complete and the image untouched when this attempt began: what it says of
+    /// places that were not written since needs no reading.
+    trusted: bool,
+    /// Where there is data, as it was when it was first asked for.
+    layout: Option<Layout>,
     /// Nothing but zeros was there: zeros need not be written in the first round.
-    fresh: bool,
+    pub(super) fresh: bool,
+}
+
+/// Pieces of an offer that are wanted, and where those around each were found.
+struct Offered {
+    disk: u16,
+    pieces: Vec<(RecipeEntry, Vec<Shift>)>,
 }
 
 /// Receives the disks of one attempt.
 pub(in super::super) struct DiskReceiver {
     peer: String,
     disks: Vec<Disk>,
-    /// Images beside those that arrive, to copy from; opened when first needed.
-    others: Vec<ImageFile>,
-    index: ChunkIndex,
-    /// Places that want a chunk which is already on its way for another one.
-    waiting: HashMap<ChunkId, Vec<(u16, u64)>>,
+    finder: Finder,
+    /// By the item that offered them: their blocks are named next.
+    offered: HashMap<u64, Offered>,
+    assemblies: Assemblies,
+    /// Places that want a piece which is already on its way for another one.
+    waiting: HashMap<ChunkId, Vec<(u16, RecipeEntry)>>,
+    /// Pieces that did not come together, to be asked for at the end of their disk.
+    lacking: Vec<(u16, RecipeEntry)>,
+    /// The end of a disk that was told before everything else had come: its item.
+    ending: Option<(u64, u16)>,
     items: u64,
     /// Bytes written since the last flush.
     unflushed: u64,
@@ -63,7 +84,7 @@ impl DiskReceiver {
         incoming: Vec<IncomingDisk>,
         known: Vec<ImageFile>,
     ) -> Result<Self, MigrationError> {
-        let mut index = ChunkIndex::with_budget(INDEX_BYTES_MAX);
+        let mut finder = Finder::new(incoming.len());
         let mut disks = Vec::new();
         for (number, (info, incoming)) in infos.into_iter().zip(incoming).enumerate() {
             let recipe = RecipeLog::path_for(&incoming.path);
@@ -77,47 +98,34 @@ impl DiskReceiver {
                     .map_or_else(|| RecipeLog::create(&recipe, info.bytes), Ok)
             };
             let log = log.map_err(recipe_error)?;
-            let mut recorded = HashSet::new();
-            for entry in log.recipe().entries() {
-                recorded.insert((entry.offset, entry.len, entry.id));
-                let location =
-                    Location { image: number as u16, offset: entry.offset, len: entry.len };
-                index.insert(&entry.id, location);
-            }
+            finder.add(number as u16, log.recipe());
             disks.push(Disk {
+                trusted: is_untouched(&log, &incoming.path),
                 info,
                 image: incoming.image,
                 log,
                 path: incoming.path,
-                recorded,
+                layout: None,
                 fresh: incoming.fresh,
             });
         }
-        let mut others = Vec::new();
         for image in known {
-            // Only raw images are copied from in place; others would need a process each.
-            let arriving = disks.iter().any(|disk| disk.path == image.path);
-            if image.format != ImageFormat::Raw || arriving {
-                continue;
-            }
-            let Ok(number) = u16::try_from(disks.len() + others.len()) else { break };
-            // A record that cannot be read is one source less, not a failure.
-            match RecipeLog::load(&RecipeLog::path_for(&image.path)) {
-                Ok(recipe) => {
-                    for entry in recipe.entries() {
-                        let location =
-                            Location { image: number, offset: entry.offset, len: entry.len };
-                        index.insert(&entry.id, location);
-                    }
-                    others.push(image);
-                }
-                Err(error) => {
-                    tracing::debug!(image = %image.path.display(), %error, "not copied from");
-                }
+            if !disks.iter().any(|disk| disk.path == image.path) {
+                finder.add_other(&image);
             }
         }
-        let peer = peer.to_owned();
-        Ok(Self { peer, disks, others, index, waiting: HashMap::new(), items: 0, unflushed: 0 })
+        Ok(Self {
+            peer: peer.to_owned(),
+            disks,
+            finder,
+            offered: HashMap::new(),
+            assemblies: Assemblies::default(),
+            waiting: HashMap::new(),
+            lacking: Vec::new(),
+            ending: None,
+            items: 0,
+            unflushed: 0,
+        })
     }
 
     /// Items applied so far.
@@ -128,9 +136,8 @@ impl DiskReceiver {
     /// Whether a disk is, untouched, what it was when the seed of `generation` was kept.
     pub(in super::super) fn is_at(&self, disk: usize, generation: u64) -> bool {
         let disk = &self.disks[disk];
-        disk.log.complete().is_some_and(|kept| {
-            kept.generation == generation && identity(&disk.path).is_ok_and(|now| now == kept.image)
-        })
+        disk.log.complete().is_some_and(|kept| kept.generation == generation)
+            && is_untouched(&disk.log, &disk.path)
     }
 
     /// A round is over: from here on zeros overwrite something, and what was written is made
@@ -142,17 +149,35 @@ impl DiskReceiver {
         self.flush().await
     }
 
-    /// Applies an item; an offer has an answer.
+    /// Applies an item; a question has an answer.
     pub(in super::super) async fn apply(
         &mut self,
         header: &BulkHeader,
         body: Bytes,
     ) -> Result<Option<ToSource>, MigrationError> {
+        let want = |item, wanted, plain| {
+            Some(ToSource::Want { item, wanted: Answer(wanted).encode(), plain })
+        };
         let answer = match *header {
+            BulkHeader::Summaries { item } => {
+                let summaries = Summaries::decode(&body).map_err(|error| self.bad(error))?;
+                let (differ, plain) = self.compare(&summaries).await?;
+                want(item, differ, plain)
+            }
             BulkHeader::Offer { item } => {
                 let offer = Offer::decode(&body).map_err(|error| self.bad(error))?;
-                let want = self.answer(&offer).await?;
-                Some(ToSource::Want { item, wanted: want.encode().to_vec() })
+                let (wanted, plain) = self.look_for_pieces(item, &offer).await?;
+                want(item, wanted, plain)
+            }
+            BulkHeader::Blocks { item } => {
+                let list = BlockList::decode(&body).map_err(|error| self.bad(error))?;
+                let wanted = self.look_for_blocks(&list).await?;
+                want(item, wanted, false)
+            }
+            BulkHeader::End { item, disk } => {
+                self.check_disk(disk)?;
+                self.ending = Some((item, disk));
+                None
             }
             BulkHeader::Chunks { .. } => {
                 self.write_bundle(body).await?;
@@ -163,69 +188,181 @@ impl DiskReceiver {
             }
         };
         self.items += 1;
+        // An end may overtake what was sent before it.
+        if let Some((item, disk)) = self.ending
+            && answer.is_none()
+            && self.items > item
+        {
+            self.ending = None;
+            return Ok(Some(ToSource::Lacking { item, pieces: self.lacking(disk) }));
+        }
         Ok(answer)
     }
 
-    async fn answer(&mut self, offer: &Offer) -> Result<Want, MigrationError> {
-        self.check_disk(offer.disk)?;
-        let mut wants = Vec::with_capacity(offer.entries.len());
-        for entry in &offer.entries {
-            self.check_range(offer.disk, entry.offset, u64::from(entry.len))?;
-            wants.push(!self.find(offer.disk, entry).await?);
+    /// Which parcels differ from what is here, and whether all will.
+    async fn compare(
+        &mut self,
+        summaries: &Summaries,
+    ) -> Result<(Vec<bool>, bool), MigrationError> {
+        self.check_disk(summaries.disk)?;
+        let number = summaries.disk;
+        let bytes = self.disks[usize::from(number)].info.bytes;
+        let mut differ = Vec::with_capacity(summaries.parcels.len());
+        for (parcel, summary) in (summaries.first..).zip(&summaries.parcels) {
+            let Some(place) = parcel_range(parcel, bytes) else {
+                return Err(self.bad(format!("there is no parcel {parcel} of disk {number}")));
+            };
+            differ.push(self.summary(number, parcel, &place).await? != *summary);
         }
-        let mut wants = wants.into_iter();
-        Ok(Want::answer(offer, |_| wants.next().unwrap_or(true)))
+        Ok((differ, self.disks[usize::from(number)].fresh))
     }
 
-    /// Whether the chunk is in place now, or will be when one that is on its way arrives.
-    async fn find(&mut self, number: u16, entry: &RecipeEntry) -> Result<bool, MigrationError> {
-        let disk = &self.disks[usize::from(number)];
-        if disk.recorded.contains(&(entry.offset, entry.len, entry.id)) {
-            let there = disk.image.read(entry.offset, entry.len).await?;
-            if chunk::verify(entry.id, there).is_ok() {
-                return Ok(true);
+    /// What a parcel here is. If nothing vouches for it, it is read, and what was found is recorded.
+    async fn summary(
+        &mut self,
+        number: u16,
+        parcel: u64,
+        place: &Range<u64>,
+    ) -> Result<Summary, MigrationError> {
+        let disk = &mut self.disks[usize::from(number)];
+        if disk.fresh {
+            return Ok(Summary::Zeros);
+        }
+        if disk.trusted
+            && let Some(pieces) = disk.log.recipe().known(place)
+        {
+            return Ok(Summary::of(place, pieces));
+        }
+        if disk.layout.is_none() {
+            let extents = disk.image.extents().await?;
+            disk.layout = Some(Layout::of(&extents, disk.info.bytes));
+        }
+        let Some(part) = disk.layout.as_ref().and_then(|layout| layout.part(parcel)) else {
+            return Ok(Summary::Zeros);
+        };
+        let found = part.read(|offset, len| disk.image.read(offset, len)).await?;
+        let known = disk.log.recipe().known(place);
+        let entries = found.scan.pieces.iter().map(blocks::Piece::entry);
+        if !known.is_some_and(|known| known.into_iter().eq(entries)) {
+            record::note(&mut disk.log, &found.scan, &found.zeros).map_err(recipe_error)?;
+            self.finder.add_scan(number, &found.scan);
+        }
+        Ok(found.summary())
+    }
+
+    /// Which pieces of an offer are not here, and whether they are wanted whole.
+    async fn look_for_pieces(
+        &mut self,
+        item: u64,
+        offer: &Offer,
+    ) -> Result<(Vec<bool>, bool), MigrationError> {
+        self.check_disk(offer.disk)?;
+        let mut wanted = Vec::with_capacity(offer.entries.len());
+        let mut missing: Vec<(RecipeEntry, Vec<Shift>)> = Vec::new();
+        let mut before = None;
+        let mut open = 0;
+        // Everything is read before anything is written: the places may be of one image.
+        let mut copies = Vec::new();
+        for entry in &offer.entries {
+            self.check_range(offer.disk, entry.offset, u64::from(entry.len))?;
+            let found = self.find(offer.disk, entry).await;
+            wanted.push(matches!(found, Found::Missing));
+            match found {
+                Found::Missing => missing.push((*entry, Vec::from_iter(before))),
+                Found::OnItsWay => {}
+                Found::Here(shift, copy) => {
+                    copies.extend(copy.map(|data| (entry, data)));
+                    for (_, shifts) in &mut missing[open..] {
+                        shifts.push(shift);
+                    }
+                    open = missing.len();
+                    before = Some(shift);
+                }
             }
         }
-        let locations: Vec<Location> = self.index.lookup(&entry.id).collect();
-        for location in locations {
-            if location.len != entry.len {
-                continue;
-            }
-            if let Some(data) = self.read_location(&location).await
+        for (entry, data) in copies {
+            self.copy(offer.disk, entry, data).await?;
+        }
+        let fresh = self.disks[usize::from(offer.disk)].fresh;
+        let plain = fresh && !self.finder.has_blocks();
+        if plain || missing.is_empty() {
+            return Ok((wanted, plain));
+        }
+        let offered = Offered { disk: offer.disk, pieces: missing };
+        self.offered.insert(item, offered);
+        if self.offered.len() > PARCELS_UNDER_WAY {
+            return Err(self.bad("it offers more at once than it may"));
+        }
+        Ok((wanted, false))
+    }
+
+    /// Which blocks of offered pieces are not here.
+    async fn look_for_blocks(&mut self, list: &BlockList) -> Result<Vec<bool>, MigrationError> {
+        let Some(Offered { disk, pieces }) = self.offered.remove(&list.offer) else {
+            return Err(self.bad(format!("it names blocks of item {}, no open offer", list.offer)));
+        };
+        let count = |entry: &RecipeEntry| (entry.len as usize).div_ceil(BLOCK_BYTES);
+        if pieces.iter().map(|(entry, _)| count(entry)).sum::<usize>() != list.blocks.len() {
+            return Err(self.bad("it names other blocks than its offer has"));
+        }
+        let mut wanted = Vec::with_capacity(list.blocks.len());
+        let mut ids: &[ShortId] = &list.blocks;
+        // Everything is read before anything is written: the places may be of one image.
+        let mut all_made = Vec::new();
+        for (entry, shifts) in pieces {
+            let (here, rest) = ids.split_at(count(&entry));
+            ids = rest;
+            let found = if self.assemblies.has_room() {
+                self.finder.blocks(&self.disks, disk, &entry, here, shifts).await
+            } else {
+                vec![Slot::Missing; here.len()]
+            };
+            let begun = self.assemblies.begin(disk, entry, here, found);
+            let (mut bits, made) = begun.map_err(|error| self.bad(error))?;
+            wanted.append(&mut bits);
+            all_made.extend(made);
+        }
+        for made in all_made {
+            self.write_made(disk, made).await?;
+        }
+        Ok(wanted)
+    }
+
+    /// Looks for a piece, or notes that it is waited for.
+    async fn find(&mut self, number: u16, entry: &RecipeEntry) -> Found {
+        let disk = &self.disks[usize::from(number)];
+        let mut places = self.finder.pieces(entry);
+        // Where it has to be, first: there is nothing to write then.
+        if disk.log.recipe().at(entry.offset) == Some(*entry) {
+            places.retain(|place| (place.image, place.offset) != (number, entry.offset));
+            let place = longhaul_dedup::index::Location {
+                image: number,
+                offset: entry.offset,
+                len: entry.len,
+            };
+            places.insert(0, place);
+        }
+        for place in places {
+            let read = self.finder.read(&self.disks, place.image, place.offset, place.len).await;
+            if let Some(data) = read
                 && let Ok(found) = chunk::verify(entry.id, data)
             {
-                self.write(number, entry.offset, entry.id, found.into_data()).await?;
-                return Ok(true);
+                let in_place = (place.image, place.offset) == (number, entry.offset);
+                let copy = (!in_place).then(|| found.into_data());
+                return Found::Here(Shift::of(entry.offset, &place), copy);
             }
             // Changed since: nothing is lost but this hint.
-            self.index.forget(&entry.id, &location);
+            self.finder.forget(&entry.id, &place);
         }
         if let Some(places) = self.waiting.get_mut(&entry.id) {
             if places.len() < WAITING_MAX {
-                places.push((number, entry.offset));
-                return Ok(true);
+                places.push((number, *entry));
+                return Found::OnItsWay;
             }
         } else if self.waiting.len() < WAITING_MAX {
             self.waiting.insert(entry.id, Vec::new());
         }
-        Ok(false)
-    }
-
-    async fn read_location(&self, location: &Location) -> Option<Bytes> {
-        let number = usize::from(location.image);
-        if let Some(disk) = self.disks.get(number) {
-            return disk.image.read(location.offset, location.len).await.ok();
-        }
-        let path = self.others.get(number - self.disks.len())?.path.clone();
-        let (offset, len) = (location.offset, location.len as usize);
-        tokio::task::spawn_blocking(move || {
-            use std::os::unix::fs::FileExt;
-            let mut data = vec![0; len];
-            std::fs::File::open(path).ok()?.read_exact_at(&mut data, offset).ok()?;
-            Some(Bytes::from(data))
-        })
-        .await
-        .ok()?
+        Found::Missing
     }
 
     async fn write_bundle(&mut self, body: Bytes) -> Result<(), MigrationError> {
@@ -240,19 +377,26 @@ impl DiskReceiver {
             self.check_range(number, range.start, range.end - range.start)?;
             match part {
                 BundlePart::Zero { offset, len } => {
+                    self.overwrites(number, &range);
                     let disk = &mut self.disks[usize::from(number)];
                     if !disk.fresh {
-                        disk.log.void([range]).map_err(recipe_error)?;
                         disk.image.zero(offset, len).await?;
                     }
+                    disk.log.append_zeros([range]).map_err(recipe_error)?;
                 }
                 BundlePart::Chunk { offset, chunk } => {
                     let (id, data) = (chunk.id(), chunk.into_data());
-                    self.write(number, offset, id, data.clone()).await?;
-                    for (other, offset) in self.waiting.remove(&id).unwrap_or_default() {
-                        // Its range was checked when it was offered, with this id.
-                        self.check_range(other, offset, data.len() as u64)?;
-                        self.write(other, offset, id, data.clone()).await?;
+                    let entry = RecipeEntry { offset, len: data.len() as u32, id };
+                    self.write(number, entry, data.clone()).await?;
+                    self.arrived(id, &data).await?;
+                }
+                BundlePart::Blocks { offset, data } => {
+                    let made = self.assemblies.put(number, offset, &data);
+                    for (number, made) in made.map_err(|error| self.bad(error))? {
+                        match made {
+                            Made::Right(made) => self.write_made(number, made).await?,
+                            Made::Wrong(entry) => self.lacking.push((number, entry)),
+                        }
                     }
                 }
             }
@@ -260,14 +404,86 @@ impl DiskReceiver {
         Ok(())
     }
 
-    /// Writes a checked chunk, zeros within it as holes, and records it.
+    /// Writes a piece to the other places that wait for it.
+    async fn arrived(&mut self, id: ChunkId, data: &Bytes) -> Result<(), MigrationError> {
+        for (other, entry) in self.waiting.remove(&id).unwrap_or_default() {
+            // Its range was checked when it was offered, with this id.
+            self.check_range(other, entry.offset, data.len() as u64)?;
+            self.copy(other, &RecipeEntry { len: data.len() as u32, ..entry }, data.clone())
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Writes what a checked piece has that is not in place, and records it.
+    async fn write_made(&mut self, number: u16, made: MadePiece) -> Result<(), MigrationError> {
+        let entry = made.entry;
+        self.overwrites(number, &(entry.offset..entry.offset + u64::from(entry.len)));
+        for (offset, run) in made.writes {
+            let mut data = BytesMut::with_capacity(run.len() * BLOCK_BYTES);
+            run.iter().for_each(|block| data.extend_from_slice(block));
+            self.put(number, offset, data.freeze()).await?;
+        }
+        self.note(number, &entry, &made.hashes)?;
+        if self.waiting.contains_key(&entry.id) {
+            let disk = &self.disks[usize::from(number)];
+            let data = disk.image.read(entry.offset, entry.len).await?;
+            // It is what was put together just now, unless the disk failed.
+            if let Ok(whole) = chunk::verify(entry.id, data) {
+                self.arrived(entry.id, whole.data()).await?;
+            }
+        }
+        self.flush_some().await
+    }
+
+    /// Writes a checked piece where another one may be: only what differs.
+    async fn copy(
+        &mut self,
+        number: u16,
+        entry: &RecipeEntry,
+        data: Bytes,
+    ) -> Result<(), MigrationError> {
+        let disk = &self.disks[usize::from(number)];
+        if disk.fresh {
+            return self.write(number, *entry, data).await;
+        }
+        let there = disk.image.read(entry.offset, entry.len).await?;
+        let same: Vec<bool> = data
+            .chunks(BLOCK_BYTES)
+            .zip(there.chunks(BLOCK_BYTES))
+            .map(|(new, old)| new == old)
+            .collect();
+        let hashes = hash_blocks(&data);
+        self.overwrites(number, &(entry.offset..entry.offset + u64::from(entry.len)));
+        let mut block = 0;
+        for run in same.chunk_by(|one, next| one == next) {
+            let start = block * BLOCK_BYTES;
+            block += run.len();
+            if !run[0] {
+                let end = data.len().min(block * BLOCK_BYTES);
+                self.put(number, entry.offset + start as u64, data.slice(start..end)).await?;
+            }
+        }
+        self.note(number, entry, &hashes)?;
+        self.flush_some().await
+    }
+
+    /// Writes a checked piece as it is.
     async fn write(
         &mut self,
         number: u16,
-        offset: u64,
-        id: ChunkId,
+        entry: RecipeEntry,
         data: Bytes,
     ) -> Result<(), MigrationError> {
+        self.overwrites(number, &(entry.offset..entry.offset + u64::from(entry.len)));
+        let hashes = hash_blocks(&data);
+        self.put(number, entry.offset, data).await?;
+        self.note(number, &entry, &hashes)?;
+        self.flush_some().await
+    }
+
+    /// Writes checked bytes, zeros within them as holes.
+    async fn put(&mut self, number: u16, offset: u64, data: Bytes) -> Result<(), MigrationError> {
         let disk = &mut self.disks[usize::from(number)];
         for (range, zero) in chunker::split_zero_runs(&data, ZERO_GRANULARITY) {
             let at = offset + range.start as u64;
@@ -277,11 +493,48 @@ impl DiskReceiver {
                 (false, _) => disk.image.write(at, data.slice(range)).await?,
             }
         }
-        let entry = RecipeEntry { offset, len: data.len() as u32, id };
-        disk.log.append(&[entry]).map_err(recipe_error)?;
-        let location = Location { image: number, offset, len: entry.len };
-        self.index.insert(&id, location);
+        self.finder.written(number, &(offset..offset + data.len() as u64));
         self.unflushed += data.len() as u64;
+        Ok(())
+    }
+
+    /// Records a piece that is in place.
+    fn note(
+        &mut self,
+        number: u16,
+        entry: &RecipeEntry,
+        hashes: &[PageHash],
+    ) -> Result<(), MigrationError> {
+        let samples: Vec<Sample> = blocks::samples(entry.offset, hashes).collect();
+        let log = &mut self.disks[usize::from(number)].log;
+        log.append(&[*entry]).map_err(recipe_error)?;
+        log.append_samples(&samples).map_err(recipe_error)?;
+        self.finder.add_piece(number, entry);
+        Ok(())
+    }
+
+    /// Something is about to be written where something else was being put together.
+    fn overwrites(&mut self, number: u16, range: &Range<u64>) {
+        self.assemblies.overwritten(number, range);
+        self.finder.written(number, range);
+    }
+
+    /// Pieces of a disk that nothing more will come for by itself.
+    fn lacking(&mut self, disk: u16) -> Vec<(u64, u32)> {
+        self.offered.clear();
+        let open = self.assemblies.give_up(disk);
+        self.lacking.extend(open.into_iter().map(|entry| (disk, entry)));
+        let waiting = std::mem::take(&mut self.waiting);
+        self.lacking.extend(waiting.into_values().flatten());
+        let (here, others): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.lacking).into_iter().partition(|(number, _)| *number == disk);
+        self.lacking = others;
+        let (some, later) = here.split_at(here.len().min(MAX_LACKING));
+        self.lacking.extend_from_slice(later);
+        some.iter().map(|(_, entry)| (entry.offset, entry.len)).collect()
+    }
+
+    async fn flush_some(&mut self) -> Result<(), MigrationError> {
         if self.unflushed >= FLUSH_BYTES {
             self.flush().await?;
         }
@@ -341,6 +594,20 @@ impl DiskReceiver {
     fn bad(&self, detail: impl ToString) -> MigrationError {
         MigrationError::protocol(&self.peer, detail)
     }
+}
+
+/// Where a piece is.
+enum Found {
+    /// There; with its content unless it is in place.
+    Here(Shift, Option<Bytes>),
+    /// On its way for another place, and will be written here too.
+    OnItsWay,
+    Missing,
+}
+
+/// Whether an image is what its record was completed for.
+fn is_untouched(log: &RecipeLog, image: &Path) -> bool {
+    log.complete().is_some_and(|kept| identity(image).is_ok_and(|now| now == kept.image))
 }
 
 /// By what an image is recognised as untouched.

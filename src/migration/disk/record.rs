@@ -8,7 +8,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use longhaul_dedup::recipe::{RecipeEntry, RecipeError, RecipeLog};
+use longhaul_dedup::blocks::{Piece, Scan};
+use longhaul_dedup::recipe::{RecipeEntry, RecipeError, RecipeLog, Sample};
 
 /// The records of one VM's images, in the order of its disks.
 pub(in super::super) struct ImageRecord {
@@ -37,14 +38,9 @@ impl ImageRecord {
         }
     }
 
-    /// The disk holds these chunks.
-    pub(super) fn chunks(&self, disk: u16, entries: &[RecipeEntry]) {
-        self.keep(disk, |log| log.append(entries));
-    }
-
-    /// Nothing is known any more of these parts of the disk.
-    pub(super) fn void(&self, disk: u16, ranges: impl Iterator<Item = Range<u64>>) {
-        self.keep(disk, |log| log.void(ranges));
+    /// The disk holds these pieces, and zeros there.
+    pub(super) fn note(&self, disk: u16, scan: &Scan, zeros: &[Range<u64>]) {
+        self.keep(disk, |log| note(log, scan, zeros));
     }
 
     fn keep(&self, disk: u16, keep: impl FnOnce(&mut RecipeLog) -> Result<(), RecipeError>) {
@@ -57,6 +53,19 @@ impl ImageRecord {
             *log = None;
         }
     }
+}
+
+/// Records what was found by reading: pieces with their samples, and zeros.
+pub(super) fn note(
+    log: &mut RecipeLog,
+    scan: &Scan,
+    zeros: &[Range<u64>],
+) -> Result<(), RecipeError> {
+    let entries: Vec<RecipeEntry> = scan.pieces.iter().map(Piece::entry).collect();
+    let samples: Vec<Sample> = scan.samples().collect();
+    log.append(&entries)?;
+    log.append_samples(&samples)?;
+    log.append_zeros(zeros.iter().cloned())
 }
 
 fn not_recorded(error: &RecipeError) {

@@ -1,45 +1,53 @@
-//! The sending half: reads a view, cuts it into chunks, offers them or sends them at once.
+//! The sending half: reads a view parcel by parcel, asks the target what it lacks of each, from the
+//! whole to the block, and sends that; or sends everything at once.
 //!
-//! Invariant: of each chunk that the target wants exactly the bytes that were hashed are sent, and
-//! at most [`OFFERS_MAX`] parcels are held in memory, so a slow link slows the reader down.
+//! Invariant: what is sent as a piece is what its id says, and blocks are only sent for a piece that
+//! still has the hash that was offered. Of at most [`PARCELS_UNDER_WAY`] parcels are hashes held, and of
+//! [`KEPT_BYTES`] the data too; the rest is read again when it is wanted.
 
 use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
+use longhaul_dedup::blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, Piece, ShortId, hash_blocks};
 use longhaul_dedup::bundle::{BundlePart, ChunkBundle, MAX_BUNDLE_PARTS};
-use longhaul_dedup::chunk::{RawChunk, VerifiedChunk};
-use longhaul_dedup::chunker::{self, ChunkerParams};
+use longhaul_dedup::chunk::RawChunk;
 use longhaul_dedup::compress::Compressor;
-use longhaul_dedup::offer::{Offer, Want};
-use longhaul_dedup::recipe::RecipeEntry;
+use longhaul_dedup::offer::{Answer, BlockList, Offer};
+use longhaul_dedup::summary::{MAX_SUMMARIES, Summaries, Summary};
 use longhaul_transport::Class;
-use tokio::sync::{Mutex, Notify, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 
 use super::super::coding::Coding;
 use super::super::error::MigrationError;
 use super::super::link::Link;
-use super::super::message::BulkHeader;
+use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
 use super::super::meter::Meter;
+use super::PARCELS_UNDER_WAY;
+use super::layout::{Layout, Parcel};
 use super::record::ImageRecord;
-use crate::hypervisor::{DiskView, Extent};
+use crate::hypervisor::DiskView;
 
-/// Payload bytes in a parcel: what is read, hashed and offered as one.
-const PARCEL_BYTES: u64 = 4 << 20;
-/// One read; the hypervisor's export takes at most 4 MiB.
-const READ_BYTES: u64 = 512 << 10;
-/// Reads of one parcel under way at once.
-const READS_AHEAD: usize = 8;
-/// Parcels that are read ahead of the link.
+/// Parcels that are read ahead of the link: 32 MiB.
 const PARCELS_AHEAD: usize = 2;
-/// Offers whose answer is not here, or whose chunks are not sent, at most: 64 MiB of payload. At
-/// 200 ms and 1 Gbit/s 25 MiB are on their way.
-const OFFERS_MAX: u32 = 16;
+/// Data of parcels under way that is kept in memory. At 200 ms and 1 Gbit/s 25 MiB are on their way.
+const KEPT_BYTES: usize = 64 << 20;
+/// Parcels with data in one message of summaries. The first has one, and each twice as many as that
+/// before, lest the first bytes wait for much reading.
+const SUMMARIES_AT_ONCE: usize = 32;
+/// Pieces that are read again at once.
+const READS_AHEAD: usize = 8;
 /// Payload bytes compressed as one.
 const BUNDLE_BYTES: u64 = 1 << 20;
 /// How full the queue before the link is taken to be: QUIC's back-pressure does not tell.
 const NEITHER_FULL_NOR_EMPTY: f32 = 0.5;
+/// Times that a target may ask for pieces which did not come together, each with the most of them: a
+/// disk of 16 TiB that changed throughout.
+const LACKING_ROUNDS_MAX: usize = 1 << 18;
 
 /// Whether the target is asked first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,32 +58,19 @@ pub(in super::super) enum How {
     Push,
 }
 
-struct Chunk {
-    offset: u64,
-    content: VerifiedChunk,
+/// A parcel under way.
+struct Sending {
+    parcel: Parcel,
+    /// Room for its data in memory.
+    kept: Option<OwnedSemaphorePermit>,
 }
 
-impl Chunk {
-    fn bytes(&self) -> u64 {
-        self.content.data().len() as u64
-    }
-
-    fn entry(&self) -> RecipeEntry {
-        let len = self.content.data().len() as u32;
-        RecipeEntry { offset: self.offset, len, id: self.content.id() }
-    }
-}
-
-/// An offer that waits for its answer.
-struct Open {
-    offer: Offer,
-    chunks: Vec<Chunk>,
-}
-
-/// What a parcel came to.
-struct Parcel {
-    chunks: Vec<Chunk>,
-    zeros: Vec<(u64, u64)>,
+/// A question that waits for its answer.
+enum Question {
+    Summaries(Vec<Sending>),
+    Pieces(Sending),
+    /// The pieces of the parcel whose blocks were named.
+    Blocks(Sending, Vec<usize>),
 }
 
 /// Sends views of one VM's disks.
@@ -84,6 +79,8 @@ pub(in super::super) struct DiskSender<'a> {
     meter: &'a Meter,
     coding: &'a Coding,
     record: &'a ImageRecord,
+    /// See [`KEPT_BYTES`].
+    kept_bytes: usize,
 }
 
 impl<'a> DiskSender<'a> {
@@ -93,10 +90,17 @@ impl<'a> DiskSender<'a> {
         coding: &'a Coding,
         record: &'a ImageRecord,
     ) -> Self {
-        Self { link, meter, coding, record }
+        Self { link, meter, coding, record, kept_bytes: KEPT_BYTES }
     }
 
-    /// Sends what a view covers. Returns once everything is with the transport.
+    /// One that reads everything again.
+    #[cfg(test)]
+    pub(super) fn forgetful(self) -> Self {
+        Self { kept_bytes: 0, ..self }
+    }
+
+    /// Sends what a view covers. Returns once everything is with the transport and, after
+    /// [`How::Offer`], once the target has put together all that was offered.
     pub(in super::super) async fn send(
         &self,
         disk: u16,
@@ -104,256 +108,444 @@ impl<'a> DiskSender<'a> {
         how: How,
         class: Class,
     ) -> Result<(), MigrationError> {
-        let extents = view.extents().await?;
-        self.meter.expect(extents.iter().map(|extent| extent.len).sum());
-        let mut zeros = Vec::new();
-        for extent in extents.iter().filter(|extent| extent.zero) {
-            self.meter.disk_zero(extent.len);
-            zeros.push((extent.offset, extent.len));
-        }
-        self.send_zeros(disk, class, &zeros).await?;
-
-        let mut parcels = stream::iter(plan(&extents))
-            .map(|pieces| read_parcel(view, pieces))
+        let layout = Layout::of(&view.extents().await?, view.info().bytes);
+        self.meter.expect(layout.covered());
+        let kept_bytes = Arc::new(Semaphore::new(self.kept_bytes));
+        let mut parcels = stream::iter(layout.parts())
+            .map(|part| part.read(|offset, len| view.read(offset, len)))
             .buffered(PARCELS_AHEAD);
+        let sending = Disk {
+            sender: self,
+            disk,
+            view,
+            class,
+            open: Mutex::default(),
+            room: Semaphore::new(PARCELS_UNDER_WAY),
+            compares: AtomicBool::new(true),
+            bundle: Mutex::default(),
+        };
+        let offering = async {
+            let mut batch = Batch { most: 1, ..Batch::default() };
+            while let Some(parcel) = parcels.next().await {
+                let mut parcel = parcel?;
+                self.record.note(disk, &parcel.scan, &parcel.zeros);
+                if how == How::Push {
+                    sending.put_zeros(&parcel).await?;
+                    let all = (0..parcel.scan.pieces.len()).collect();
+                    sending.send_pieces(&Sending { parcel, kept: None }, all).await?;
+                    continue;
+                }
+                let kept =
+                    Arc::clone(&kept_bytes).try_acquire_many_owned(parcel.data_bytes() as u32).ok();
+                if kept.is_none() {
+                    parcel.stretches.clear();
+                }
+                sending.ask(Sending { parcel, kept }, &mut batch).await?;
+            }
+            sending.ask_batch(&mut batch).await?;
+            sending.flush().await?;
+            if how == How::Push {
+                return Ok(());
+            }
+            // All parcels are dealt with once all room is free.
+            let all = sending.room.acquire_many(PARCELS_UNDER_WAY as u32);
+            sending.unless_lost(all).await?.expect("the semaphore is never closed").forget();
+            sending.flush().await?;
+            sending.end().await
+        };
         match how {
-            How::Push => {
-                while let Some(parcel) = parcels.next().await {
-                    let parcel = self.without_zeros(disk, class, parcel?).await?;
-                    self.send_chunks(disk, class, parcel).await?;
+            How::Push => offering.await,
+            How::Offer => tokio::try_join!(offering, sending.hear()).map(|_| ()),
+        }
+    }
+}
+
+/// Parcels side by side whose summaries go together.
+#[derive(Default)]
+struct Batch {
+    parcels: Vec<Sending>,
+    with_data: usize,
+    most: usize,
+}
+
+/// What is to be sent next, as one.
+#[derive(Default)]
+struct Bundle {
+    parts: Vec<BundlePart>,
+    bytes: u64,
+}
+
+/// One view on its way.
+struct Disk<'a> {
+    sender: &'a DiskSender<'a>,
+    disk: u16,
+    view: &'a dyn DiskView,
+    class: Class,
+    open: Mutex<HashMap<u64, Question>>,
+    /// For parcels with data.
+    room: Semaphore,
+    /// Whether summaries are of any use.
+    compares: AtomicBool,
+    bundle: Mutex<Bundle>,
+}
+
+impl Disk<'_> {
+    /// Begins to ask about a parcel.
+    async fn ask(&self, sending: Sending, batch: &mut Batch) -> Result<(), MigrationError> {
+        let parcel = &sending.parcel;
+        let has_data = !parcel.scan.pieces.is_empty();
+        if has_data {
+            let permit = match self.room.try_acquire() {
+                Ok(permit) => permit,
+                Err(_) => {
+                    // What waits here must not be what is waited for.
+                    self.ask_batch(batch).await?;
+                    let permit = self.room.acquire();
+                    self.unless_lost(permit).await?.expect("the semaphore is never closed")
+                }
+            };
+            permit.forget();
+        }
+        if !self.compares.load(Ordering::Relaxed) || !parcel.part.is_whole() {
+            self.ask_batch(batch).await?;
+            return self.ask_pieces(sending).await;
+        }
+        if batch.parcels.last().is_some_and(|last| {
+            last.parcel.part.parcel + 1 != parcel.part.parcel
+                || batch.parcels.len() == MAX_SUMMARIES
+        }) {
+            self.ask_batch(batch).await?;
+        }
+        batch.with_data += usize::from(has_data);
+        batch.parcels.push(sending);
+        if batch.with_data >= batch.most {
+            self.ask_batch(batch).await?;
+            batch.most = SUMMARIES_AT_ONCE.min(2 * batch.most);
+        }
+        Ok(())
+    }
+
+    async fn ask_batch(&self, batch: &mut Batch) -> Result<(), MigrationError> {
+        batch.with_data = 0;
+        let parcels = std::mem::take(&mut batch.parcels);
+        let Some(first) = parcels.first() else { return Ok(()) };
+        let summaries: Vec<Summary> =
+            parcels.iter().map(|sending| sending.parcel.summary()).collect();
+        let first = first.parcel.part.parcel;
+        let body = Summaries { disk: self.disk, first, parcels: summaries }.encode();
+        let question = Question::Summaries(parcels);
+        self.question(|item| BulkHeader::Summaries { item }, body, question).await
+    }
+
+    /// Offers the pieces of a parcel that differs, and sends its zeros.
+    async fn ask_pieces(&self, sending: Sending) -> Result<(), MigrationError> {
+        self.put_zeros(&sending.parcel).await?;
+        let entries: Vec<_> = sending.parcel.scan.pieces.iter().map(Piece::entry).collect();
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let body = Offer { disk: self.disk, entries }.encode();
+        self.question(|item| BulkHeader::Offer { item }, body, Question::Pieces(sending)).await
+    }
+
+    async fn question(
+        &self,
+        header: impl Fn(u64) -> BulkHeader,
+        body: Bytes,
+        question: Question,
+    ) -> Result<(), MigrationError> {
+        let item = self.sender.link.next_disk_item();
+        self.open.lock().await.insert(item, question);
+        self.sender.link.send_bulk(self.class, &header(item), body).await
+    }
+
+    /// Everything asked for is sent: what did not come together?
+    async fn end(&self) -> Result<(), MigrationError> {
+        let item = self.sender.link.next_disk_item();
+        let header = BulkHeader::End { item, disk: self.disk };
+        self.sender.link.send_bulk(self.class, &header, Bytes::new()).await
+    }
+
+    /// Deals with answers until the disk has come together.
+    async fn hear(&self) -> Result<(), MigrationError> {
+        let link = self.sender.link;
+        for _ in 0..LACKING_ROUNDS_MAX {
+            let lacking = loop {
+                let answer = match link.want_ready().await {
+                    Some(answer) => answer,
+                    None => {
+                        // Nothing more comes to fill the bundle.
+                        self.flush().await?;
+                        link.want().await?
+                    }
+                };
+                match answer {
+                    ToSource::Want { item, wanted, plain } => {
+                        self.answered(item, &wanted, plain).await?;
+                    }
+                    ToSource::Lacking { pieces, .. } => break pieces,
+                    _ => return Err(self.bad("it answers what was not asked")),
+                }
+            };
+            if lacking.is_empty() {
+                return Ok(());
+            }
+            self.send_lacking(&lacking).await?;
+            self.flush().await?;
+            self.end().await?;
+        }
+        Err(self.bad("it never has what it was sent"))
+    }
+
+    async fn answered(&self, item: u64, wanted: &[u8], plain: bool) -> Result<(), MigrationError> {
+        let question = self.open.lock().await.remove(&item);
+        let decode = |count| {
+            let answer = Answer::decode(wanted, count).map_err(|error| self.bad(error))?;
+            Ok::<_, MigrationError>(answer.0)
+        };
+        match question {
+            Some(Question::Summaries(parcels)) => {
+                if plain {
+                    self.compares.store(false, Ordering::Relaxed);
+                }
+                for (sending, differs) in parcels.iter().zip(decode(parcels.len())?) {
+                    if !differs {
+                        self.is_known(&sending.parcel);
+                    }
+                }
+                let differs = decode(parcels.len())?;
+                for (sending, _) in parcels.into_iter().zip(differs).filter(|(_, differs)| *differs)
+                {
+                    self.ask_pieces(sending).await?;
                 }
                 Ok(())
             }
-            How::Offer => {
-                let pending = Mutex::new(HashMap::new());
-                let room = Semaphore::new(OFFERS_MAX as usize);
-                let finished = Notify::new();
-                let offering = async {
-                    while let Some(parcel) = parcels.next().await {
-                        let chunks = self.without_zeros(disk, class, parcel?).await?;
-                        if chunks.is_empty() {
-                            continue;
-                        }
-                        let permit = tokio::select! {
-                            permit = room.acquire() => permit,
-                            lost = self.link.lost() => return Err(lost),
-                        };
-                        permit.expect("the semaphore is never closed").forget();
-                        self.offer(disk, class, chunks, &pending).await?;
-                    }
-                    tokio::select! {
-                        all = room.acquire_many(OFFERS_MAX) => drop(all),
-                        lost = self.link.lost() => return Err(lost),
-                    }
-                    finished.notify_one();
-                    Ok(())
-                };
-                let answering = async {
-                    loop {
-                        let (item, wanted) = tokio::select! {
-                            want = self.link.want() => want?,
-                            () = finished.notified() => return Ok(()),
-                        };
-                        let offered = pending.lock().await.remove(&item);
-                        let (disk, chunks) = self.wanted(item, offered, &wanted)?;
-                        self.send_chunks(disk, class, chunks).await?;
-                        room.add_permits(1);
-                    }
-                };
-                tokio::try_join!(offering, answering).map(|_| ())
+            Some(Question::Pieces(sending)) => {
+                let pieces = &sending.parcel.scan.pieces;
+                let wanted = decode(pieces.len())?;
+                let (missing, known): (Vec<usize>, Vec<usize>) =
+                    (0..pieces.len()).partition(|piece| wanted[*piece]);
+                let bytes = known.iter().map(|piece| u64::from(pieces[*piece].len)).sum();
+                self.sender.meter.disk_known(bytes);
+                if !missing.is_empty() && !plain {
+                    return self.ask_blocks(item, sending, missing).await;
+                }
+                self.send_pieces(&sending, missing).await?;
+                self.is_done(sending);
+                Ok(())
             }
+            Some(Question::Blocks(sending, pieces)) => {
+                let scan = &sending.parcel.scan;
+                let count = pieces.iter().map(|piece| scan.pieces[*piece].hashes.len()).sum();
+                self.send_blocks(&sending, &pieces, &decode(count)?).await?;
+                self.is_done(sending);
+                Ok(())
+            }
+            None => Err(self.bad(format!("it answers item {item}, which is no open question"))),
         }
     }
 
-    async fn send_zeros(
+    async fn ask_blocks(
         &self,
-        disk: u16,
-        class: Class,
-        zeros: &[(u64, u64)],
+        offer: u64,
+        sending: Sending,
+        pieces: Vec<usize>,
     ) -> Result<(), MigrationError> {
-        self.record.void(disk, zeros.iter().map(|&(offset, len)| offset..offset + len));
-        for some in zeros.chunks(MAX_BUNDLE_PARTS) {
-            let parts =
-                some.iter().map(|&(offset, len)| BundlePart::Zero { offset, len }).collect();
-            self.send_bundle(class, ChunkBundle { disk, parts }).await?;
+        let scan = &sending.parcel.scan;
+        let hashes = pieces.iter().flat_map(|piece| scan.pieces[*piece].hashes.clone());
+        let blocks = hashes.map(|at| ShortId::of(&scan.hashes[at])).collect();
+        let body = BlockList { offer, blocks }.encode();
+        let question = Question::Blocks(sending, pieces);
+        self.question(|item| BulkHeader::Blocks { item }, body, question).await
+    }
+
+    /// A parcel is at the target as it is here.
+    fn is_known(&self, parcel: &Parcel) {
+        self.sender.meter.disk_known(parcel.data_bytes());
+        self.sender.meter.disk_zero(parcel.zero_bytes());
+        if !parcel.scan.pieces.is_empty() {
+            self.room.add_permits(1);
+        }
+    }
+
+    /// All that was wanted of a parcel is sent.
+    fn is_done(&self, sending: Sending) {
+        drop(sending.kept);
+        self.room.add_permits(1);
+    }
+
+    async fn put_zeros(&self, parcel: &Parcel) -> Result<(), MigrationError> {
+        self.sender.meter.disk_zero(parcel.zero_bytes());
+        for range in &parcel.zeros {
+            let len = range.end - range.start;
+            self.put(BundlePart::Zero { offset: range.start, len }).await?;
         }
         Ok(())
     }
 
-    /// Sends the zero chunks of a parcel as what they are and leaves the others.
-    async fn without_zeros(
+    /// Sends whole pieces of a parcel.
+    async fn send_pieces(
         &self,
-        disk: u16,
-        class: Class,
-        parcel: Parcel,
-    ) -> Result<Vec<Chunk>, MigrationError> {
-        self.meter.disk_zero(parcel.zeros.iter().map(|(_, len)| len).sum());
-        self.send_zeros(disk, class, &parcel.zeros).await?;
-        let entries: Vec<RecipeEntry> = parcel.chunks.iter().map(Chunk::entry).collect();
-        self.record.chunks(disk, &entries);
-        Ok(parcel.chunks)
-    }
-
-    async fn offer(
-        &self,
-        disk: u16,
-        class: Class,
-        chunks: Vec<Chunk>,
-        pending: &Mutex<HashMap<u64, Open>>,
+        sending: &Sending,
+        pieces: Vec<usize>,
     ) -> Result<(), MigrationError> {
-        let item = self.link.next_disk_item();
-        let entries = chunks.iter().map(Chunk::entry).collect();
-        let offer = Offer { disk, first: item, entries };
-        let body = offer.encode();
-        pending.lock().await.insert(item, Open { offer, chunks });
-        self.link.send_bulk(class, &BulkHeader::Offer { item }, body).await
+        let places: Vec<(u64, u32)> = pieces
+            .into_iter()
+            .map(|piece| &sending.parcel.scan.pieces[piece])
+            .map(|piece| (piece.offset, piece.len))
+            .collect();
+        let mut contents = stream::iter(places)
+            .map(|place| self.content(Some(&sending.parcel), place))
+            .buffered(READS_AHEAD);
+        while let Some(content) = contents.next().await {
+            let (offset, data) = content?;
+            self.put(BundlePart::Chunk { offset, chunk: RawChunk::new(data).hash() }).await?;
+        }
+        Ok(())
     }
 
-    /// The chunks of an offer that the target asked for.
-    fn wanted(
+    /// Sends the wanted blocks of pieces, or a whole piece if it was written meanwhile.
+    async fn send_blocks(
         &self,
-        item: u64,
-        offered: Option<Open>,
-        wanted: &[u8],
-    ) -> Result<(u16, Vec<Chunk>), MigrationError> {
-        let bad = |detail: String| MigrationError::protocol(self.link.peer(), detail);
-        let want = Want::decode(wanted).map_err(|error| bad(error.to_string()))?;
-        let Some(Open { offer, chunks }) = offered.filter(|open| want.answers(&open.offer)) else {
-            return Err(bad(format!("it answers item {item}, which is no open offer")));
+        sending: &Sending,
+        pieces: &[usize],
+        wanted: &[bool],
+    ) -> Result<(), MigrationError> {
+        let scan = &sending.parcel.scan;
+        let mut rest = wanted;
+        let mut known = 0;
+        let mut asked: Vec<(usize, Vec<Range<usize>>)> = Vec::new();
+        for number in pieces {
+            let piece = &scan.pieces[*number];
+            let (these, others) = rest.split_at(piece.hashes.len());
+            rest = others;
+            let sent = these.iter().filter(|wanted| **wanted).count() * BLOCK_BYTES;
+            known += u64::from(piece.len).saturating_sub(sent as u64);
+            if sent > 0 {
+                asked.push((*number, runs(these)));
+            }
+        }
+        self.sender.meter.disk_known(known);
+        let places: Vec<(u64, u32)> = asked
+            .iter()
+            .map(|(piece, _)| (scan.pieces[*piece].offset, scan.pieces[*piece].len))
+            .collect();
+        let mut contents = stream::iter(places)
+            .map(|place| self.content(Some(&sending.parcel), place))
+            .buffered(READS_AHEAD);
+        for (piece, runs) in asked {
+            let piece = &scan.pieces[piece];
+            let Some(content) = contents.next().await else { break };
+            let (_, data) = content?;
+            // What was kept cannot have changed.
+            let is_kept = sending.kept.is_some();
+            if !is_kept && hash_blocks(&data) != scan.hashes[piece.hashes.clone()] {
+                let chunk = RawChunk::new(data).hash();
+                self.put(BundlePart::Chunk { offset: piece.offset, chunk }).await?;
+                continue;
+            }
+            for run in runs {
+                let start = run.start * BLOCK_BYTES;
+                let end = data.len().min(run.end * BLOCK_BYTES);
+                let offset = piece.offset + start as u64;
+                self.put(BundlePart::Blocks { offset, data: data.slice(start..end) }).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends whole what did not come together at the target.
+    async fn send_lacking(&self, pieces: &[(u64, u32)]) -> Result<(), MigrationError> {
+        let bytes = self.view.info().bytes;
+        let fits = |(offset, len): &(u64, u32)| {
+            (1..=MAX_PIECE_BYTES).contains(len)
+                && offset.checked_add(u64::from(*len)).is_some_and(|end| end <= bytes)
         };
-        let (mut chosen, mut known) = (Vec::new(), 0);
-        for (chunk, wanted) in chunks.into_iter().zip(want.wanted()) {
-            if *wanted {
-                chosen.push(chunk);
-            } else {
-                known += chunk.bytes();
-            }
+        if pieces.len() > MAX_LACKING || !pieces.iter().all(fits) {
+            return Err(self.bad("it asks for pieces that are none"));
         }
-        self.meter.disk_known(known);
-        Ok((offer.disk, chosen))
-    }
-
-    async fn send_chunks(
-        &self,
-        disk: u16,
-        class: Class,
-        chunks: Vec<Chunk>,
-    ) -> Result<(), MigrationError> {
-        let mut rest = chunks.into_iter().peekable();
-        while rest.peek().is_some() {
-            let mut parts = Vec::new();
-            let mut payload = 0;
-            while payload < BUNDLE_BYTES
-                && parts.len() < MAX_BUNDLE_PARTS
-                && let Some(chunk) = rest.next()
-            {
-                payload += chunk.bytes();
-                parts.push(BundlePart::Chunk { offset: chunk.offset, chunk: chunk.content });
-            }
-            let sent = self.send_bundle(class, ChunkBundle { disk, parts }).await?;
-            self.meter.disk_sent(payload, sent);
+        tracing::debug!(disk = self.disk, pieces = pieces.len(), "pieces are sent again, whole");
+        for place in pieces {
+            let (offset, data) = self.content(None, *place).await?;
+            self.put(BundlePart::Chunk { offset, chunk: RawChunk::new(data).hash() }).await?;
         }
         Ok(())
     }
 
-    /// Codes and sends a bundle; returns its coded length.
-    async fn send_bundle(&self, class: Class, bundle: ChunkBundle) -> Result<u64, MigrationError> {
-        let level = self.coding.level(self.link.bytes_per_s(), NEITHER_FULL_NOR_EMPTY);
+    /// Bytes of the disk: those that were kept, or read again.
+    async fn content(
+        &self,
+        parcel: Option<&Parcel>,
+        (offset, len): (u64, u32),
+    ) -> Result<(u64, Bytes), MigrationError> {
+        match parcel.and_then(|parcel| parcel.kept(offset, len)) {
+            Some(data) => Ok((offset, data)),
+            None => Ok((offset, self.view.read(offset, len).await?)),
+        }
+    }
+
+    /// Adds to the bundle, and sends it when it is full.
+    async fn put(&self, part: BundlePart) -> Result<(), MigrationError> {
+        let full = {
+            let mut bundle = self.bundle.lock().await;
+            bundle.bytes += part.data().len() as u64;
+            bundle.parts.push(part);
+            bundle.bytes >= BUNDLE_BYTES || bundle.parts.len() == MAX_BUNDLE_PARTS
+        };
+        if full { self.flush().await } else { Ok(()) }
+    }
+
+    /// Codes and sends what is in the bundle.
+    async fn flush(&self) -> Result<(), MigrationError> {
+        let Self { sender, disk, .. } = self;
+        let (Bundle { parts, bytes: payload }, item) = {
+            let mut bundle = self.bundle.lock().await;
+            if bundle.parts.is_empty() {
+                return Ok(());
+            }
+            // Numbered as it is taken: an end that is told from now on comes behind it.
+            (std::mem::take(&mut *bundle), sender.link.next_disk_item())
+        };
+        let bundle = ChunkBundle { disk: *disk, parts };
+        let level = sender.coding.level(sender.link.bytes_per_s(), NEITHER_FULL_NOR_EMPTY);
         let coding = tokio::task::spawn_blocking(move || {
-            let payload: u64 = bundle
-                .parts
-                .iter()
-                .map(|part| match part {
-                    BundlePart::Chunk { chunk, .. } => chunk.data().len() as u64,
-                    BundlePart::Zero { .. } => 0,
-                })
-                .sum();
             let began = Instant::now();
             let body = bundle.encode(&mut Compressor::new(), level);
-            (payload, body, began.elapsed())
+            (body, began.elapsed())
         });
-        let (payload, body, busy) = coding.await.expect("encoding does not panic");
+        let (body, busy) = coding.await.expect("encoding does not panic");
         let bytes = body.len() as u64;
-        self.coding.observe(level, payload, bytes, busy);
-        let item = self.link.next_disk_item();
-        self.link.send_bulk(class, &BulkHeader::Chunks { item }, body).await?;
-        Ok(bytes)
+        if payload > 0 {
+            sender.coding.observe(level, payload, bytes, busy);
+            sender.meter.disk_sent(payload, bytes);
+        }
+        sender.link.send_bulk(self.class, &BulkHeader::Chunks { item }, body).await
     }
-}
 
-/// Groups the data extents into parcels of neighbouring pieces.
-fn plan(extents: &[Extent]) -> Vec<Vec<(u64, u64)>> {
-    let mut parcels = Vec::new();
-    let mut pieces = Vec::new();
-    let mut room = PARCEL_BYTES;
-    for extent in extents.iter().filter(|extent| !extent.zero) {
-        let (mut offset, mut left) = (extent.offset, extent.len);
-        while left > 0 {
-            let len = left.min(room);
-            pieces.push((offset, len));
-            offset += len;
-            left -= len;
-            room -= len;
-            if room == 0 {
-                parcels.push(std::mem::take(&mut pieces));
-                room = PARCEL_BYTES;
-            }
+    /// Waits for something that only comes if the link lives.
+    async fn unless_lost<T>(&self, waiting: impl Future<Output = T>) -> Result<T, MigrationError> {
+        tokio::select! {
+            came = waiting => Ok(came),
+            lost = self.sender.link.lost() => Err(lost),
         }
     }
-    if !pieces.is_empty() {
-        parcels.push(pieces);
+
+    fn bad(&self, detail: impl ToString) -> MigrationError {
+        MigrationError::protocol(self.sender.link.peer(), detail)
     }
-    parcels
 }
 
-async fn read_parcel(
-    view: &dyn DiskView,
-    pieces: Vec<(u64, u64)>,
-) -> Result<Parcel, MigrationError> {
-    let reads: Vec<(usize, u64, u32)> = pieces
-        .iter()
-        .enumerate()
-        .flat_map(|(piece, &(offset, len))| {
-            (0..len.div_ceil(READ_BYTES)).map(move |part| {
-                let start = part * READ_BYTES;
-                (piece, offset + start, (len - start).min(READ_BYTES) as u32)
-            })
-        })
-        .collect();
-    let mut contents: Vec<BytesMut> =
-        pieces.iter().map(|&(_, len)| BytesMut::with_capacity(len as usize)).collect();
-    let mut done = stream::iter(reads)
-        .map(|(piece, offset, len)| async move { (piece, view.read(offset, len).await) })
-        .buffered(READS_AHEAD);
-    while let Some((piece, data)) = done.next().await {
-        contents[piece].extend_from_slice(&data?);
-    }
-    let pieces: Vec<(u64, Bytes)> = pieces
-        .iter()
-        .zip(contents)
-        .map(|(&(offset, _), content)| (offset, content.freeze()))
-        .collect();
-    let parcel = tokio::task::spawn_blocking(move || cut(&pieces)).await;
-    Ok(parcel.expect("cutting does not panic"))
-}
-
-/// Cuts pieces into chunks and hashes them.
-fn cut(pieces: &[(u64, Bytes)]) -> Parcel {
-    let params = ChunkerParams::default();
-    let mut parcel = Parcel { chunks: Vec::new(), zeros: Vec::new() };
-    for (offset, data) in pieces {
-        for cut in chunker::chunks(params, data) {
-            let start = cut.offset as usize;
-            let chunk = data.slice(start..start + cut.len as usize);
-            let offset = offset + cut.offset;
-            if chunker::is_zero(&chunk) {
-                parcel.zeros.push((offset, chunk.len() as u64));
-            } else {
-                parcel.chunks.push(Chunk { offset, content: RawChunk::new(chunk).hash() });
-            }
+/// Where in a row of answers something is wanted, side by side.
+fn runs(wanted: &[bool]) -> Vec<Range<usize>> {
+    let mut at = 0;
+    let mut runs = Vec::new();
+    for run in wanted.chunk_by(|one, next| one == next) {
+        if run[0] {
+            runs.push(at..at + run.len());
         }
+        at += run.len();
     }
-    parcel
+    runs
 }
 
 #[cfg(test)]
@@ -361,29 +553,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parcels_cover_the_data_once_and_are_bounded() {
-        let extents = [
-            Extent { offset: 0, len: 4096, zero: false },
-            Extent { offset: 4096, len: 1 << 30, zero: true },
-            Extent { offset: 1 << 31, len: 3 * PARCEL_BYTES, zero: false },
-            Extent { offset: 1 << 40, len: 1, zero: false },
-        ];
-        let parcels = plan(&extents);
-        let total: u64 = parcels.iter().flatten().map(|(_, len)| len).sum();
-        assert_eq!(total, 4096 + 3 * PARCEL_BYTES + 1);
-        for parcel in &parcels {
-            assert!(parcel.iter().map(|(_, len)| len).sum::<u64>() <= PARCEL_BYTES);
-        }
-    }
-
-    #[test]
-    fn zero_chunks_are_told_apart() {
-        let mut data = vec![0; 1 << 20];
-        data[600_000..].fill(7);
-        let parcel = cut(&[(1 << 20, Bytes::from(data))]);
-        let zeros: u64 = parcel.zeros.iter().map(|(_, len)| len).sum();
-        let chunks: u64 = parcel.chunks.iter().map(|chunk| chunk.bytes()).sum();
-        assert_eq!(zeros + chunks, 1 << 20);
-        assert!(zeros > 0 && chunks > 0);
+    fn wanted_blocks_go_in_runs() {
+        assert_eq!(runs(&[true, true, false, true]), [0..2, 3..4]);
+        assert!(runs(&[false, false]).is_empty());
     }
 }

@@ -1,0 +1,289 @@
+//! What lies at this host and may be part of what arrives: pieces and blocks of the arriving images
+//! themselves and of others beside them.
+//!
+//! Invariant: everything in here is a hint. What is given out was read just now; whoever uses it
+//! compares hashes, and a piece is written only by its whole id.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use longhaul_dedup::blocks::{BLOCK_BYTES, Scan, ShortId, hash_blocks};
+use longhaul_dedup::id::ChunkId;
+use longhaul_dedup::index::{ChunkIndex, Location};
+use longhaul_dedup::pages::PageHash;
+use longhaul_dedup::recipe::{Recipe, RecipeEntry, RecipeLog, Sample};
+
+use super::assemble::Slot;
+use super::receive::Disk;
+use crate::hypervisor::ImageFile;
+use crate::hypervisor::spec::ImageFormat;
+
+/// Memory for the index of pieces that lie here: more than 1 M pieces of 64 KiB.
+const PIECES_BYTES_MAX: usize = 64 << 20;
+/// Memory for the index of blocks that lie here: as many blocks, one of 16.
+const SAMPLES_BYTES_MAX: usize = 64 << 20;
+/// What is read at once to look at a block: its neighbours are looked at next.
+const WINDOW_BYTES: u64 = 256 << 10;
+/// Windows that are kept.
+const WINDOWS_MAX: usize = 64;
+/// Places that are kept to look beside, the last one found first.
+const SHIFTS_MAX: usize = 4;
+
+/// From a place of what arrives to the place of the same bytes in an image that lies here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shift {
+    image: u16,
+    bytes: i64,
+}
+
+impl Shift {
+    pub(super) fn of(offset: u64, found: &Location) -> Self {
+        Self { image: found.image, bytes: found.offset.wrapping_sub(offset).cast_signed() }
+    }
+
+    fn of_place(self, offset: u64) -> Option<(u16, u64)> {
+        Some((self.image, offset.checked_add_signed(self.bytes)?))
+    }
+}
+
+/// An image beside those that arrive.
+struct Other {
+    path: PathBuf,
+    bytes: u64,
+}
+
+/// A part of an image, as it was read.
+struct Window {
+    image: u16,
+    offset: u64,
+    data: Bytes,
+    hashes: Vec<PageHash>,
+}
+
+/// The images that lie here, and what is known of them.
+pub(super) struct Finder {
+    pieces: ChunkIndex,
+    samples: ChunkIndex,
+    arriving: usize,
+    others: Vec<Other>,
+    windows: VecDeque<Window>,
+}
+
+/// A short id as the index has it: it looks at no more than these bytes.
+fn key(id: ShortId) -> ChunkId {
+    let mut bytes = [0; ChunkId::BYTES];
+    bytes[..ShortId::BYTES].copy_from_slice(id.as_bytes());
+    ChunkId::from_bytes(bytes)
+}
+
+impl Finder {
+    /// Knows nothing yet of `arriving` disks.
+    pub(super) fn new(arriving: usize) -> Self {
+        Self {
+            pieces: ChunkIndex::with_budget(PIECES_BYTES_MAX),
+            samples: ChunkIndex::with_budget(SAMPLES_BYTES_MAX),
+            arriving,
+            others: Vec::new(),
+            windows: VecDeque::new(),
+        }
+    }
+
+    /// Takes in what a record says of an arriving disk.
+    pub(super) fn add(&mut self, number: u16, recipe: &Recipe) {
+        for entry in recipe.entries() {
+            self.add_piece(number, &entry);
+        }
+        self.add_samples(number, recipe.samples());
+    }
+
+    /// Takes in an image beside those that arrive, by its record.
+    pub(super) fn add_other(&mut self, image: &ImageFile) {
+        // Only raw images are copied from in place; others would need a process each.
+        if image.format != ImageFormat::Raw {
+            return;
+        }
+        let Ok(number) = u16::try_from(self.arriving + self.others.len()) else { return };
+        // A record that cannot be read is one source less, not a failure.
+        match RecipeLog::load(&RecipeLog::path_for(&image.path)) {
+            Ok(recipe) => {
+                self.add(number, &recipe);
+                self.others.push(Other { path: image.path.clone(), bytes: recipe.image_bytes() });
+            }
+            Err(error) => {
+                tracing::debug!(image = %image.path.display(), %error, "not copied from");
+            }
+        }
+    }
+
+    /// An image holds this piece.
+    pub(super) fn add_piece(&mut self, number: u16, entry: &RecipeEntry) {
+        let location = Location { image: number, offset: entry.offset, len: entry.len };
+        self.pieces.insert(&entry.id, location);
+    }
+
+    /// An image holds these blocks.
+    pub(super) fn add_samples(&mut self, number: u16, samples: impl Iterator<Item = Sample>) {
+        for sample in samples {
+            let len = BLOCK_BYTES as u32;
+            let location = Location { image: number, offset: sample.offset, len };
+            self.samples.insert(&key(sample.id), location);
+        }
+    }
+
+    /// An image was read, and this was found.
+    pub(super) fn add_scan(&mut self, number: u16, scan: &Scan) {
+        for piece in &scan.pieces {
+            self.add_piece(number, &piece.entry());
+        }
+        self.add_samples(number, scan.samples());
+    }
+
+    /// Whether blocks can be found at all, but for the same place.
+    pub(super) fn has_blocks(&self) -> bool {
+        !self.samples.is_empty()
+    }
+
+    /// Places where a piece may be.
+    pub(super) fn pieces(&self, entry: &RecipeEntry) -> Vec<Location> {
+        self.pieces.lookup(&entry.id).filter(|found| found.len == entry.len).collect()
+    }
+
+    /// A piece is not where it was said to be.
+    pub(super) fn forget(&mut self, id: &ChunkId, location: &Location) {
+        self.pieces.forget(id, location);
+    }
+
+    /// This part of an arriving disk was written.
+    pub(super) fn written(&mut self, number: u16, range: &Range<u64>) {
+        self.windows.retain(|window| {
+            let end = window.offset + window.data.len() as u64;
+            window.image != number || window.offset >= range.end || end <= range.start
+        });
+    }
+
+    /// Reads a part of an image; nothing if that cannot be read.
+    pub(super) async fn read(
+        &self,
+        disks: &[Disk],
+        image: u16,
+        offset: u64,
+        len: u32,
+    ) -> Option<Bytes> {
+        let number = usize::from(image);
+        if let Some(disk) = disks.get(number) {
+            return disk.image.read(offset, len).await.ok();
+        }
+        let path = self.others.get(number - disks.len())?.path.clone();
+        let len = len as usize;
+        let reading = tokio::task::spawn_blocking(move || {
+            use std::os::unix::fs::FileExt;
+            let mut data = vec![0; len];
+            std::fs::File::open(path).ok()?.read_exact_at(&mut data, offset).ok()?;
+            Some(Bytes::from(data))
+        });
+        reading.await.ok()?
+    }
+
+    fn image_bytes(&self, disks: &[Disk], image: u16) -> Option<u64> {
+        let number = usize::from(image);
+        match disks.get(number) {
+            Some(disk) => Some(disk.info.bytes),
+            None => Some(self.others.get(number - disks.len())?.bytes),
+        }
+    }
+
+    /// The block of `len` bytes at a place, if its short id is `id`.
+    async fn block_at(
+        &mut self,
+        disks: &[Disk],
+        (image, offset): (u16, u64),
+        id: ShortId,
+        len: usize,
+    ) -> Option<(PageHash, Bytes)> {
+        if !offset.is_multiple_of(BLOCK_BYTES as u64) {
+            return None;
+        }
+        let start = offset - offset % WINDOW_BYTES;
+        let known = self.windows.iter().position(|w| w.image == image && w.offset == start);
+        let at = match known {
+            Some(at) => at,
+            None => {
+                let bytes = self.image_bytes(disks, image)?;
+                let window_len = bytes.checked_sub(start)?.min(WINDOW_BYTES);
+                if offset >= bytes {
+                    return None;
+                }
+                let data = self.read(disks, image, start, window_len as u32).await?;
+                let hashes = hash_blocks(&data);
+                if self.windows.len() == WINDOWS_MAX {
+                    self.windows.pop_front();
+                }
+                self.windows.push_back(Window { image, offset: start, data, hashes });
+                self.windows.len() - 1
+            }
+        };
+        let window = &self.windows[at];
+        let block = ((offset - start) / BLOCK_BYTES as u64) as usize;
+        let hash = window.hashes.get(block).filter(|hash| ShortId::of(hash) == id)?;
+        let begin = block * BLOCK_BYTES;
+        let content = &window.data[begin..window.data.len().min(begin + BLOCK_BYTES)];
+        // A copy of its own: it must not keep the whole window in memory.
+        (content.len() == len).then(|| (*hash, Bytes::copy_from_slice(content)))
+    }
+
+    /// Looks for the blocks of a piece: at their own place, then by the index, then beside what was
+    /// found. `shifts` says where the pieces around it were found.
+    pub(super) async fn blocks(
+        &mut self,
+        disks: &[Disk],
+        number: u16,
+        entry: &RecipeEntry,
+        ids: &[ShortId],
+        mut shifts: Vec<Shift>,
+    ) -> Vec<Slot> {
+        let mut slots = vec![Slot::Missing; ids.len()];
+        let place = |block: usize| entry.offset + (block * BLOCK_BYTES) as u64;
+        let len = |block: usize| BLOCK_BYTES.min(entry.len as usize - block * BLOCK_BYTES);
+        let fresh = disks[usize::from(number)].fresh;
+        for block in 0..ids.len() {
+            let (id, len_here) = (ids[block], len(block));
+            if !fresh {
+                let here = self.block_at(disks, (number, place(block)), id, len_here).await;
+                if let Some((hash, _)) = here {
+                    slots[block] = Slot::InPlace(hash);
+                    continue;
+                }
+            }
+            let mut places: Vec<(u16, u64)> = Vec::new();
+            if id.is_sampled() {
+                let found = self.samples.lookup(&key(id));
+                places.extend(found.map(|found| (found.image, found.offset)));
+            }
+            places.extend(shifts.iter().filter_map(|shift| shift.of_place(place(block))));
+            for (image, offset) in places {
+                let found = self.block_at(disks, (image, offset), id, len_here).await;
+                let Some((hash, data)) = found else { continue };
+                slots[block] = Slot::Here(hash, data);
+                let location = Location { image, offset, len: BLOCK_BYTES as u32 };
+                let shift = Shift::of(place(block), &location);
+                shifts.retain(|known| *known != shift);
+                shifts.insert(0, shift);
+                shifts.truncate(SHIFTS_MAX);
+                // What lies before it may be the same as well.
+                for before in (0..block).rev() {
+                    let Some(there) = shift.of_place(place(before)) else { break };
+                    if slots[before] != Slot::Missing {
+                        break;
+                    }
+                    let found = self.block_at(disks, there, ids[before], len(before)).await;
+                    let Some((hash, data)) = found else { break };
+                    slots[before] = Slot::Here(hash, data);
+                }
+                break;
+            }
+        }
+        slots
+    }
+}
