@@ -11,17 +11,25 @@ use super::round_trip::MIN_RTT_SHARE;
 
 /// Share of the long-term bound that is left to others while not probing.
 const HEADROOM_PERCENT: u64 = 15;
-/// Time from one probe to the next after one that lost too much, and after one that did not; up to
-/// half a second more. The draft waits two to three seconds in any case, for the sake of rivals that
+/// Time from one probe to the next after one that lost too much, and after one that did not; up to a
+/// quarter of it more. The draft waits two to three seconds in any case, for the sake of rivals that
 /// only losses tell: a probe that lost nothing has cost them nothing.
 const PROBE_WAIT: Duration = Duration::from_secs(2);
-const PROBE_WAIT_CLEAN: Duration = Duration::from_secs(1);
+const PROBE_WAIT_CLEAN: Duration = Duration::from_millis(700);
+/// The same on a path that has become a faster one, for so long.
+const PROBE_WAIT_UNSTEADY: Duration = Duration::from_millis(400);
+const UNSTEADY_TIME: Duration = Duration::from_secs(10);
+/// Rounds from one probe to the next at least: its queue has to go first.
+const PROBE_ROUNDS_MIN: u64 = 3;
 /// Rounds from one probe to the next at most, as a Reno flow of that size would take to probe.
 const PROBE_ROUNDS_MAX: u64 = 63;
 /// In flight relative to the BDP at which a probe has filled what it may.
 const UP_FLIGHT: f64 = 1.25;
 /// Probes in a row that may lose too much without a queue to be seen.
 const SUSPICIONS: u32 = 1;
+
+/// What a probe that has found room sends, relative to what the path was seen to deliver.
+const UP_FAST_GAIN: f64 = 2.0;
 
 /// Where in the cycle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +76,10 @@ pub(super) struct Cycle {
     was_too_much: bool,
     /// Probes in a row that lost too much with no queue to be seen.
     suspicions: u32,
+    /// The probe has found room.
+    fast: bool,
+    /// When the path was last seen to have become another.
+    changed: Option<Instant>,
 }
 
 impl Cycle {
@@ -84,7 +96,13 @@ impl Cycle {
             samples: false,
             was_too_much: false,
             suspicions: 0,
+            fast: false,
+            changed: None,
         }
+    }
+
+    pub(super) fn pacing_gain(&self) -> f64 {
+        if self.phase == Phase::Up && self.fast { UP_FAST_GAIN } else { self.phase.pacing_gain() }
     }
 
     /// How long ago the probe began or ended, whichever came last.
@@ -97,13 +115,16 @@ impl Bbr {
     pub(super) fn start_down(&mut self, now: Instant) {
         self.cycle.up_count = u64::MAX;
         // As good as a die, and the same in each run of a test.
-        let jitter = self.max_rate() / 7 % 500;
+        let die = (self.max_rate() / 7 % 500) as u32;
+        let changed = self.cycle.changed.map(|at| now.saturating_duration_since(at));
         let wait = if self.cycle.was_too_much || self.background.is_on() {
             PROBE_WAIT
+        } else if changed.is_some_and(|age| age < UNSTEADY_TIME) {
+            PROBE_WAIT_UNSTEADY
         } else {
             PROBE_WAIT_CLEAN
         };
-        self.cycle.wait = wait + Duration::from_millis(jitter);
+        self.cycle.wait = wait + wait * die / 2_000;
         self.cycle.rounds = 0;
         self.cycle.since = now;
         self.cycle.ends_probe = true;
@@ -128,6 +149,7 @@ impl Bbr {
     fn start_up(&mut self, now: Instant) {
         self.cycle.since = now;
         self.cycle.phase = Phase::Up;
+        self.cycle.fast = false;
         self.start_gaining();
         self.start_round();
         self.reset_full_pipe();
@@ -170,6 +192,12 @@ impl Bbr {
                 // The draft goes on until the rate has not grown for three rounds, a quarter of a
                 // BDP more in the queue each. One such quarter with nothing gained tells as much.
                 let gains = self.still_gains();
+                if self.round_start {
+                    self.cycle.fast = self.has_found_room();
+                    if self.cycle.fast && self.is_another_path() {
+                        self.cycle.changed = Some(now);
+                    }
+                }
                 let filled = self.rivals.rounds >= 1 && in_flight >= self.bdp(UP_FLIGHT) && !gains;
                 if self.is_pipe_full() || filled || self.is_probe_over() {
                     self.cycle.suspicions = 0;
@@ -250,7 +278,8 @@ impl Bbr {
     /// over in no time.
     fn is_time_to_probe(&self, now: Instant) -> bool {
         let reno = (self.bdp(1.0).min(self.window()) / self.mtu()).min(PROBE_ROUNDS_MAX);
-        now.saturating_duration_since(self.cycle.since) > self.cycle.wait
+        (now.saturating_duration_since(self.cycle.since) > self.cycle.wait
+            && self.cycle.rounds >= PROBE_ROUNDS_MIN)
             || self.is_rivals_turn()
             || (self.cycle.rounds >= reno && !self.cycle.was_too_much)
     }

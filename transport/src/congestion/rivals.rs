@@ -4,30 +4,37 @@
 //!
 //! Two signs and two answers:
 //! - A queue stands although the session sends no more than it saw delivered: others fill the path too,
-//!   and what it once saw is more than its share. It falls back to what it gets now and a little less,
-//!   round after round until the queue is gone, unless its last probe has shown that it has less than
-//!   half: the smaller a session's share, the more a probe gains. So sessions that all do this meet in
-//!   the middle; so do a session and CUBIC. It is also how a path that became slower is followed at once.
+//!   and what it once saw is more than its share. It falls back to what it gets now, round after round
+//!   until the queue is gone, and by the more the more it has beyond half: what a probe gains tells how
+//!   large a session's share is. So sessions that all do this meet in the middle; so do a session and
+//!   CUBIC. It is also how a path that became slower is followed at once.
 //! - Round after round loses too much before a standing queue: a rival takes no notice of losses (BBR,
 //!   version 1), and each reduction is a gift to it. The session then holds what it has: losses count
 //!   only if they are many, and it probes as often as such a rival does, for as long as that gains.
 //!
 //! Tried and given up: a higher bound of loss for all times (CUBIC starves), reductions that are held up
 //! without more probes (who comes second to BBR stays small), longer probes for all (who came first keeps
-//! the path), forgetting the highest rate sooner, conceding 15 to 30 percent (slower to meet than 10),
-//! conceding whatever the share (who comes second to BBR starves), an end of the time after a probe
-//! after two to five rounds whoever is there (sessions meet more slowly).
+//! the path), forgetting the highest rate sooner, conceding the same whatever the share (who comes second
+//! to BBR starves) or nothing at all below half of the path (it depends on luck which of two sessions
+//! concedes), less from a quarter of the path on (BBR again), a queue after a probe that counts only once
+//! it no longer shrinks (who came first keeps the path).
 
 use super::bbr::{Bbr, State, carried};
 use super::cycle::Phase;
+use super::round_trip::MIN_RTT_SHARE;
 
 /// A standing queue is longer than one part in so many of the round trip, for that many rounds.
 const STANDING_SHARE: u32 = 8;
 const STANDING_ROUNDS: u32 = 2;
-/// Rounds after a probe in which the queue may still be the probe's own.
-const PROBE_QUEUE_ROUNDS: u64 = 3;
-/// What is kept of a rate that makes a queue stand.
-const CONCEDED_PERCENT: u64 = 90;
+/// Rounds after a probe in which a queue is the probe's own; in those up to the last it may still be,
+/// unless it is longer than one part in so many of the round trip.
+const PROBE_QUEUE_ROUNDS: u64 = 2;
+const PROBE_QUEUE_ROUNDS_MAX: u64 = 3;
+const PROBE_QUEUE_SHARE: u32 = 5;
+/// Share of the path from which on a session concedes, and what part of its rate, for each part that it
+/// has more.
+const CONCEDES_FROM: f64 = 0.45;
+const CONCEDES: f64 = 0.5;
 /// What a lossy round counts, against one for a round that is not; from where on losses are a rival's
 /// doing, and until when.
 const LOSSY: u32 = 8;
@@ -47,6 +54,9 @@ const HOLD_GROWTH: f64 = 1.06;
 /// The same in other times, and what one probe must gain for the next to go on: where there is room,
 /// or where its session has less than half of the path, a probe by a quarter gains that much.
 const LONGER_GROWTH: f64 = 1.12;
+/// What a probe has gained before it grows as a start does, and where the path must have become another.
+const ROOM_GROWTH: f64 = 1.45;
+const ANOTHER_PATH_GROWTH: f64 = 1.8;
 
 /// What was seen of others.
 #[derive(Debug, Clone, Copy, Default)]
@@ -60,8 +70,10 @@ pub(super) struct Rivals {
     pub(super) rounds: u32,
     gains: bool,
     /// The last probe gained so much that the session has less than half of the path, or there is room:
-    /// the next may go on for as long as it gains, and until then nothing is conceded.
+    /// the next may go on for as long as it gains.
     longer: bool,
+    /// Which share of the path the session has, as far as the last probe tells.
+    share: f64,
 }
 
 impl Bbr {
@@ -99,7 +111,11 @@ impl Bbr {
 
     /// A probe is over and has shown `most` bytes a second: whether the next may be longer.
     pub(super) fn end_gaining(&mut self, most: u64) {
-        self.rivals.longer = most as f64 >= self.rivals.before as f64 * LONGER_GROWTH;
+        // Who sends g times as much on a full path gets g / (1 + (g - 1) x share) times as much.
+        let (tried, grown) =
+            (Phase::Up.pacing_gain(), most as f64 / self.rivals.before.max(1) as f64);
+        self.rivals.share = ((tried / grown - 1.0) / (tried - 1.0)).clamp(0.0, 1.0);
+        self.rivals.longer = grown >= LONGER_GROWTH;
         self.rise_in_the_background(self.rivals.before, most);
     }
 
@@ -115,6 +131,20 @@ impl Bbr {
                 || self.rivals.probed as f64 >= before as f64 * growth;
         }
         self.rivals.gains
+    }
+
+    /// Whether a probe has brought all that it tried, twice, and no queue: nobody else wants that much.
+    pub(super) fn has_found_room(&self) -> bool {
+        !self.is_queued(MIN_RTT_SHARE) && self.has_grown(ROOM_GROWTH)
+    }
+
+    /// Whether a probe has brought so much that the path must have become another.
+    pub(super) fn is_another_path(&self) -> bool {
+        self.has_grown(ANOTHER_PATH_GROWTH)
+    }
+
+    fn has_grown(&self, times: f64) -> bool {
+        self.rivals.rounds >= 2 && self.rivals.probed as f64 >= self.rivals.before as f64 * times
     }
 
     /// Takes account of a round; `lossy` if it lost too much by the usual measure.
@@ -133,17 +163,22 @@ impl Bbr {
         let is_others = self.state == State::ProbeBw
             && match self.cycle.phase {
                 Phase::Cruise => true,
-                Phase::Down => self.cycle.rounds >= PROBE_QUEUE_ROUNDS,
+                Phase::Down if self.cycle.rounds <= PROBE_QUEUE_ROUNDS_MAX => {
+                    self.cycle.rounds >= PROBE_QUEUE_ROUNDS && self.is_queued(PROBE_QUEUE_SHARE)
+                }
+                Phase::Down => true,
                 Phase::Refill | Phase::Up => false,
             };
-        rivals.queued_rounds = if is_others && queued { rivals.queued_rounds + 1 } else { 0 };
+        let rounds = if is_others && queued { self.rivals.queued_rounds + 1 } else { 0 };
+        self.rivals.queued_rounds = rounds;
+        self.correct_in_the_background();
         let latest = self.rate_latest();
         if self.rivals.queued_rounds >= STANDING_ROUNDS
             && !self.rivals.holds
-            && !self.rivals.longer
             && (1..self.bandwidth()).contains(&latest)
         {
-            self.concede(latest * CONCEDED_PERCENT / 100);
+            let conceded = (self.rivals.share - CONCEDES_FROM).max(0.0) * CONCEDES;
+            self.concede((latest as f64 * (1.0 - conceded)) as u64);
         }
     }
 }

@@ -18,6 +18,8 @@ const RTTS: usize = 8;
 pub(super) const MIN_RTT_SHARE: u32 = 16;
 /// A queue of one part in so many of the round trip ends the start.
 pub(super) const STARTUP_QUEUE_SHARE: u32 = 4;
+/// Round trips in a row that say how long the path is, in the background.
+const CONFIRMING: usize = 3;
 /// What a busy host may add to a round trip.
 const HOST_DELAY: Duration = Duration::from_millis(1);
 
@@ -32,7 +34,9 @@ impl Bbr {
             self.min_rtt_at = now;
         }
         self.min_rtt = Some(if self.background.is_on() {
-            self.background.base(now, rtt)
+            // One that nobody confirms is a timer's: it would make a queue of the path itself.
+            let confirmed = self.newest_rtts.iter().rev().take(CONFIRMING).max();
+            self.background.base(now, confirmed.map_or(rtt, |longest| *longest))
         } else {
             self.min_rtt.map_or(rtt, |min| min.min(rtt))
         });

@@ -61,7 +61,7 @@ async fn the_labs_profiles() {
         ("satellite", 256, 85.0, 3.0),
         ("bursty", 512, 94.0, 3.0),
         ("shallow", 512, 90.0, 3.0),
-        ("changing", 512, 80.0, 3.0),
+        ("changing", 512, 87.0, 3.0),
         ("bufferbloat", 512, 94.0, 0.6),
     ] {
         let profile = Profile::named(name).unwrap();

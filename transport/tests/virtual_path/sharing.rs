@@ -138,10 +138,13 @@ async fn a_start_takes_ten_round_trips() {
     assert!(share >= 0.9, "{share}");
 }
 
-/// Two sessions, the second some time after the first: fair from ten seconds after that on.
+/// Two sessions, the second some time after the first: fair from ten seconds after that on. When each of
+/// them probes is a matter of luck, so there are many times.
 #[tokio::test(start_paused = true)]
 async fn two_sessions_share_fairly() {
-    for later in [0, 2_000, 3_500, 5_000, 6_300, 8_000].map(Duration::from_millis) {
+    let apart = [0, 700, 2_000, 3_500, 5_000, 6_300, 8_000, 11_000].map(Duration::from_millis);
+    let mut sum_of_jain = 0.0;
+    for later in apart {
         let line = Line::new(&continental(), 1);
         let first = Sending::start(&line, 0).await;
         tokio::time::sleep(later).await;
@@ -150,16 +153,21 @@ async fn two_sessions_share_fairly() {
         let both = shares(&continental(), [&first, &second], 30 * SECOND).await;
         let (jain, sum) = (jain(&both), both[0] + both[1]);
         println!("two sessions, {later:?} apart: {both:.3?}, Jain {jain:.3}, together {sum:.3}");
-        assert!(jain >= 0.95 && sum >= 0.95, "{later:?}: {both:?}");
+        assert!(jain >= 0.85 && sum >= 0.95, "{later:?}: {both:?}");
+        sum_of_jain += jain;
     }
+    let mean = sum_of_jain / apart.len() as f64;
+    println!("Jain's index in the mean: {mean:.3}");
+    assert!(mean >= 0.95, "{mean}");
 }
 
-/// Beside TCP, whoever comes first. A session that comes after BBR (version 1) takes half a minute to
-/// get there: that one gives nothing back that it has once seen.
+/// Beside TCP, whoever comes first. A session that comes to a path which TCP has filled for long starts small
+/// and is still on its way up after a minute: BBR (version 1) gives nothing back that it has once seen,
+/// and CUBIC's losses take from both.
 #[tokio::test(start_paused = true)]
 async fn a_session_leaves_and_takes_a_share_beside_tcp() {
     for rival in Rival::ALL {
-        for [before, after] in [[0, 5], [5, 0], [0, 0]] {
+        for [before, after] in [[0, 5], [5, 0], [0, 0], [20, 0]] {
             let line = Line::new(&continental(), 1);
             let tcp_first = (before > 0).then(|| rival.start(&line));
             tokio::time::sleep(before * SECOND).await;
@@ -169,7 +177,7 @@ async fn a_session_leaves_and_takes_a_share_beside_tcp() {
             tokio::time::sleep(SECOND).await;
             let both = shares(&continental(), [&session, &tcp], 54 * SECOND).await;
             println!("a session {after} s before, {before} s after {rival:?}: {both:.3?}");
-            let least = if matches!((rival, before), (Rival::Bbr, 1..)) { 0.2 } else { 0.3 };
+            let least = if before > 5 { 0.12 } else { 0.3 };
             assert!((least..=0.7).contains(&both[0]), "{rival:?}, {before}, {after}: {both:?}");
         }
     }
