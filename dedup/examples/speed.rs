@@ -8,12 +8,12 @@ use std::{env, fs::File, hint::black_box, io::Read, time::Instant};
 
 use bytes::Bytes;
 use longhaul_dedup::{
-    chunk::RawChunk,
-    chunker::{ChunkerParams, StreamChunker, chunks, is_zero},
+    blocks::{hash_blocks, scan},
     compress::{Compressor, Level, decompress},
     delta::{self, SubHashes},
     pagebatch::{ContentHasher, Limits, PageAt, PageRecord, decode, encode},
     pages::{PAGE_BYTES, Page, PageHash, hash_pages},
+    zeros::is_zero,
 };
 
 const MAX_BYTES: u64 = 32 << 20;
@@ -36,21 +36,9 @@ fn main() -> std::io::Result<()> {
 }
 
 fn disk(data: &[u8]) {
-    let params = ChunkerParams::default();
-    report("chunk, whole extent", data.len(), || chunks(params, data).count());
-    report("chunk, 1 MiB blocks", data.len(), || {
-        let mut chunker = StreamChunker::new(params);
-        let cuts: usize = data.chunks(1 << 20).map(|block| chunker.push(block).len()).sum();
-        cuts + chunker.finish().len()
-    });
     let shared = Bytes::copy_from_slice(data);
-    report("chunk and hash", data.len(), || {
-        let hashed = chunks(params, &shared).map(|cut| {
-            let begin = cut.offset as usize;
-            RawChunk::new(shared.slice(begin..begin + cut.len as usize)).hash()
-        });
-        hashed.count()
-    });
+    report("hash blocks", data.len(), || hash_blocks(data).len());
+    report("cut into pieces", data.len(), || scan(&[(0, shared.clone())]).pieces.len());
     let zeros = vec![0; data.len().min(1 << 20)];
     report("is_zero on zeros", zeros.len(), || is_zero(black_box(&zeros)));
 }

@@ -13,10 +13,10 @@ use std::ops::Range;
 use bytes::Bytes;
 
 use crate::{
-    chunker::is_zero,
     id::ChunkId,
     pages::{PAGE_BYTES, PageHash, hash_pages},
     recipe::{RecipeEntry, Sample},
+    zeros::is_zero,
 };
 
 /// Bytes in a block; the last one of a disk may be shorter.
@@ -256,7 +256,7 @@ mod tests {
         assert_eq!(scan.hashes.len(), 3);
         assert_eq!(scan.hashes[2].chunk_id(), ChunkId::of(&data[8192..]));
         let zeros = super::scan(&[(0, Bytes::from(vec![0; 4100]))]);
-        assert_eq!(zeros, Scan { zeros: vec![0..4100], ..Scan::default() });
+        assert_eq!(zeros, Scan { zeros: Vec::from_iter(Some(0..4100)), ..Scan::default() });
     }
 
     #[test]

@@ -1,27 +1,26 @@
-//! Chunking, hashing, recipes, chunk index, compression and page differences.
+//! Blocks and pieces, hashing, recipes, chunk index, compression and page differences.
 //!
 //! Invariant: pure and synchronous. Nothing here knows a runtime, a network, a clock or a
 //! hypervisor, and only [`recipe::RecipeLog`] touches a file. Bytes from a peer or a disk never
 //! panic a decoder, and never make it allocate more than a limit with a name.
 //!
 //! ```text
-//! disk blocks --> chunker --> chunk --> recipe, index      what is where
+//! disk --> zeros --> blocks --> chunk --> recipe, index      what is where
 //!                               |
 //!                               v
-//!                      offer --> bundle --> compress       what crosses the WAN
+//!             summary --> offer --> bundle --> compress     what crosses the WAN
 //!                                              ^
 //! memory pages --> pages, delta --> pagebatch -+-- level   how hard to try
 //! ```
 //!
-//! Reading order: [`id`], [`chunk`], [`chunker`], [`recipe`], [`index`], [`offer`], [`bundle`] for
-//! disks; [`pages`], [`delta`], [`pagebatch`] for memory; [`compress`] and [`level`] for both.
+//! Reading order: [`id`], [`blocks`], [`chunk`], [`recipe`], [`index`], [`summary`], [`offer`],
+//! [`bundle`] for disks; [`pages`], [`delta`], [`pagebatch`] for memory; [`compress`] and [`level`] for both.
 //!
 #![doc = include_str!("../FORMAT.md")]
 
 pub mod blocks;
 pub mod bundle;
 pub mod chunk;
-pub mod chunker;
 pub mod compress;
 mod cursor;
 pub mod delta;
@@ -33,5 +32,6 @@ pub mod pagebatch;
 pub mod pages;
 pub mod recipe;
 pub mod summary;
+pub mod zeros;
 
 pub use cursor::DecodeError;

@@ -67,7 +67,7 @@ impl Offer {
         for entry in &self.entries {
             let len = u64::from(entry.len);
             let whole = len.is_multiple_of(BLOCK);
-            put_varint(&mut out, if whole { len / BLOCK << 1 } else { len << 1 | 1 });
+            put_varint(&mut out, if whole { (len / BLOCK) << 1 } else { len << 1 | 1 });
         }
         self.entries.iter().for_each(|entry| out.extend_from_slice(entry.id.as_bytes()));
         out.into()

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use longhaul_dedup::chunker::{self, ChunkerParams};
+use fastcdc::v2020::FastCDC;
 use longhaul_dedup::id::ChunkId;
 use longhaul_dedup::pages::{PAGE_BYTES, PageHash, hash_pages};
 
@@ -66,14 +66,14 @@ impl Outer {
                 Scan { pieces: pieces.map(|range| hashed(image, range)).collect(), hashes: None }
             }
             Self::FastCdc(avg) => {
-                let params = ChunkerParams::new(avg / 4, avg, avg * 4).expect("sizes were checked");
+                let avg = avg as usize;
                 let mut pieces = Vec::new();
                 for run in image.runs() {
                     let begin = run.start * PAGE_BYTES;
                     let data = &image.data()[begin..run.end * PAGE_BYTES];
-                    for cut in chunker::chunks(params, data) {
-                        let begin = begin + cut.offset as usize;
-                        pieces.push(hashed(image, begin..begin + cut.len as usize));
+                    for cut in FastCDC::new(data, avg / 4, avg, avg * 4) {
+                        let begin = begin + cut.offset;
+                        pieces.push(hashed(image, begin..begin + cut.length));
                     }
                 }
                 Scan { pieces, hashes: None }

@@ -8,8 +8,8 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use longhaul_dedup::chunker::is_zero;
 use longhaul_dedup::pages::PAGE_BYTES;
+use longhaul_dedup::zeros::is_zero;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 

@@ -12,12 +12,12 @@ use bytes::{Bytes, BytesMut};
 use longhaul_dedup::blocks::{self, BLOCK_BYTES, ShortId, hash_blocks};
 use longhaul_dedup::bundle::{BundlePart, ChunkBundle};
 use longhaul_dedup::chunk;
-use longhaul_dedup::chunker::{self, ZERO_GRANULARITY};
 use longhaul_dedup::id::ChunkId;
 use longhaul_dedup::offer::{Answer, BlockList, Offer};
 use longhaul_dedup::pages::PageHash;
 use longhaul_dedup::recipe::{ImageIdentity, RecipeEntry, RecipeError, RecipeLog, Sample};
 use longhaul_dedup::summary::{Summaries, Summary, parcel_range};
+use longhaul_dedup::zeros::{ZERO_GRANULARITY, split_zero_runs};
 
 use super::super::error::MigrationError;
 use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
@@ -485,7 +485,7 @@ impl DiskReceiver {
     /// Writes checked bytes, zeros within them as holes.
     async fn put(&mut self, number: u16, offset: u64, data: Bytes) -> Result<(), MigrationError> {
         let disk = &mut self.disks[usize::from(number)];
-        for (range, zero) in chunker::split_zero_runs(&data, ZERO_GRANULARITY) {
+        for (range, zero) in split_zero_runs(&data, ZERO_GRANULARITY) {
             let at = offset + range.start as u64;
             match (zero, disk.fresh) {
                 (true, true) => {}
