@@ -117,6 +117,15 @@ impl Place {
         (made, MADE.take().unwrap_or_else(Self::new))
     }
 
+    /// Paces by what the controller of another path says.
+    fn watch(&self, view: Option<Arc<PathView>>) {
+        let mut state = self.state();
+        state.view = view;
+        state.show_background();
+    }
+
+    /// QUIC asks the socket while it holds its connection: nothing that is done with this in hand may
+    /// ask a connection.
     fn state(&self) -> MutexGuard<'_, State> {
         // Whole after every operation.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -320,9 +329,7 @@ impl Pacing {
         let mut account = self.account();
         if account.remote != remote {
             account.remote = remote;
-            let mut state = self.place.state();
-            state.view = PathView::of(connection);
-            state.show_background();
+            self.place.watch(PathView::of(connection));
         }
     }
 

@@ -101,6 +101,7 @@ impl Cycle {
         }
     }
 
+    /// What is sent now, relative to what the path was seen to deliver.
     pub(super) fn pacing_gain(&self) -> f64 {
         if self.phase == Phase::Up && self.fast { UP_FAST_GAIN } else { self.phase.pacing_gain() }
     }
