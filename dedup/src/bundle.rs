@@ -156,10 +156,7 @@ impl ChunkBundle {
     /// Reads what [`encode`](Self::encode) wrote, with at most `max_bytes` of data (and never more
     /// than [`MAX_BUNDLE_BYTES`]), and hashes every piece.
     pub fn decode(bytes: &Bytes, max_bytes: usize) -> Result<Self, BundleError> {
-        let mut cursor = Cursor::new(bytes);
-        if cursor.u8("version")? != VERSION {
-            return Err(DecodeError::Invalid { what: "version" }.into());
-        }
+        let mut cursor = Cursor::of_version(bytes, VERSION)?;
         let disk = cursor.u16("disk")?;
         let count = cursor.count(MAX_BUNDLE_PARTS, "parts")?;
         let mut differences = cursor;

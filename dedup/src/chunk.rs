@@ -2,14 +2,18 @@
 //!
 //! ```text
 //! disk, peer --> RawChunk --hash()-------> VerifiedChunk { id, data }
-//!                         --verify(id)--/
+//!                         --verify(id)--/   and the hashes of its blocks
 //! ```
 //! Invariant: hashing is the only way to a [`VerifiedChunk`], so whoever holds one may write its
 //! data under its id without looking again.
 
 use bytes::Bytes;
 
-use crate::{blocks::piece_id, id::ChunkId};
+use crate::{
+    blocks::{hash_blocks, id_of_blocks},
+    id::ChunkId,
+    pages::PageHash,
+};
 
 /// Bytes that nobody has hashed yet.
 #[derive(Clone, PartialEq, Eq)]
@@ -25,7 +29,8 @@ impl RawChunk {
 
     /// Names the bytes by what they are: for data whose origin we are.
     pub fn hash(self) -> VerifiedChunk {
-        VerifiedChunk { id: piece_id(&self.data), data: self.data }
+        let hashes = hash_blocks(&self.data);
+        VerifiedChunk { id: id_of_blocks(&hashes), data: self.data, hashes }
     }
 
     /// Checks that the bytes are those that `id` names: for data that somebody else named.
@@ -45,10 +50,11 @@ impl RawChunk {
 pub struct VerifiedChunk {
     id: ChunkId,
     data: Bytes,
+    hashes: Vec<PageHash>,
 }
 
 impl VerifiedChunk {
-    /// The [`piece_id`] of the bytes.
+    /// The [`piece_id`](crate::blocks::piece_id) of the bytes.
     pub fn id(&self) -> ChunkId {
         self.id
     }
@@ -58,9 +64,9 @@ impl VerifiedChunk {
         &self.data
     }
 
-    /// The bytes, given up.
-    pub fn into_data(self) -> Bytes {
-        self.data
+    /// The hashes of its blocks, which its id is the hash of.
+    pub fn hashes(&self) -> &[PageHash] {
+        &self.hashes
     }
 }
 
@@ -104,6 +110,7 @@ impl std::fmt::Debug for VerifiedChunk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blocks::piece_id;
 
     #[test]
     fn only_the_right_bytes_become_a_verified_chunk() {

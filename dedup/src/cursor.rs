@@ -48,6 +48,15 @@ impl<'a> Cursor<'a> {
         Self { rest: input }
     }
 
+    /// Behind the version byte with which an input begins, if it is this one.
+    pub(crate) fn of_version(input: &'a [u8], version: u8) -> Result<Self, DecodeError> {
+        let mut cursor = Self::new(input);
+        if cursor.u8("version")? != version {
+            return Err(DecodeError::Invalid { what: "version" });
+        }
+        Ok(cursor)
+    }
+
     pub(crate) fn take(&mut self, len: usize, what: &'static str) -> Result<&'a [u8], DecodeError> {
         let (head, rest) =
             self.rest.split_at_checked(len).ok_or(DecodeError::Truncated { what })?;

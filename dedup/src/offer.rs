@@ -75,10 +75,7 @@ impl Offer {
 
     /// Reads what [`encode`](Self::encode) wrote.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let mut cursor = Cursor::new(bytes);
-        if cursor.u8("version")? != VERSION {
-            return Err(DecodeError::Invalid { what: "version" });
-        }
+        let mut cursor = Cursor::of_version(bytes, VERSION)?;
         let disk = cursor.u16("disk")?;
         let count = cursor.count(MAX_OFFER_ENTRIES, "pieces")?;
         // Every entry takes at least 34 bytes: a short input cannot ask for a long list.
@@ -141,10 +138,7 @@ impl BlockList {
 
     /// Reads what [`encode`](Self::encode) wrote.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let mut cursor = Cursor::new(bytes);
-        if cursor.u8("version")? != VERSION {
-            return Err(DecodeError::Invalid { what: "version" });
-        }
+        let mut cursor = Cursor::of_version(bytes, VERSION)?;
         let offer = cursor.varint("offer")?;
         let (blocks, rest) = cursor.rest().as_chunks();
         if !rest.is_empty() {

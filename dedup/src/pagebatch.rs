@@ -309,10 +309,7 @@ pub fn encode(
 
 /// Reads what [`encode`] wrote. Contents are parts of one allocation, not copies.
 pub fn decode(bytes: &Bytes, limits: &Limits<'_>) -> Result<PageBatch, PageBatchError> {
-    let mut cursor = Cursor::new(bytes);
-    if cursor.u8("version")? != VERSION {
-        return Err(DecodeError::Invalid { what: "version" }.into());
-    }
+    let mut cursor = Cursor::of_version(bytes, VERSION)?;
     let content_hash = ContentHash(cursor.array("content hash")?);
     let packed = Packed::decode(&bytes.slice_ref(cursor.rest()))?;
     let max_records = limits.records.min(MAX_PAGES_PER_BATCH);

@@ -20,7 +20,7 @@ use format::{HEADER_BYTES, Record};
 pub use log::{RecipeError, RecipeLog};
 
 use crate::{
-    blocks::{MAX_PIECE_BYTES, ShortId},
+    blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, ShortId},
     id::ChunkId,
 };
 
@@ -53,6 +53,16 @@ impl RecipeEntry {
     pub fn range(&self) -> Option<Range<u64>> {
         let end = self.offset.checked_add(u64::from(self.len))?;
         (self.len > 0 && self.len <= MAX_PIECE_BYTES).then_some(self.offset..end)
+    }
+
+    /// Its blocks.
+    pub fn blocks(&self) -> usize {
+        (self.len as usize).div_ceil(BLOCK_BYTES)
+    }
+
+    /// Bytes of one of its blocks: only the last of a disk may be short.
+    pub fn block_len(&self, block: usize) -> usize {
+        BLOCK_BYTES.min(self.len as usize - block * BLOCK_BYTES)
     }
 }
 

@@ -97,10 +97,7 @@ impl Summaries {
 
     /// Reads what [`encode`](Self::encode) wrote.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let mut cursor = Cursor::new(bytes);
-        if cursor.u8("version")? != VERSION {
-            return Err(DecodeError::Invalid { what: "version" });
-        }
+        let mut cursor = Cursor::of_version(bytes, VERSION)?;
         let disk = cursor.u16("disk")?;
         let first = cursor.varint("first parcel")?;
         let runs = cursor.count(MAX_SUMMARIES, "runs")?;

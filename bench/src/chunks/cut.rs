@@ -5,13 +5,11 @@
 use std::ops::Range;
 
 use fastcdc::v2020::FastCDC;
+use longhaul_dedup::blocks;
 use longhaul_dedup::id::ChunkId;
-use longhaul_dedup::pages::{PAGE_BYTES, PageHash, hash_pages};
+use longhaul_dedup::pages::{PAGE_BYTES, PageHash};
 
 use super::image::Image;
-
-/// Blocks that are hashed side by side in one go.
-const HASH_BATCH: usize = 64;
 
 /// How an image is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,17 +37,7 @@ pub(super) struct Scan {
 }
 
 pub(super) fn hash_blocks(image: &Image, blocks: Range<usize>) -> Vec<PageHash> {
-    let mut hashes = Vec::with_capacity(blocks.len());
-    let mut batch = Vec::with_capacity(HASH_BATCH);
-    for block in blocks {
-        batch.push(image.block(block));
-        if batch.len() == HASH_BATCH {
-            hashes.append(&mut hash_pages(&batch));
-            batch.clear();
-        }
-    }
-    hashes.append(&mut hash_pages(&batch));
-    hashes
+    blocks::hash_blocks(&image.data()[blocks.start * PAGE_BYTES..blocks.end * PAGE_BYTES])
 }
 
 /// Eight bytes of a hash, as a number to choose by.
@@ -101,14 +89,10 @@ impl Outer {
                 let len = block + 1 - begin;
                 let chosen = len >= avg / 4 && lot(&hashes[block]).is_multiple_of(avg as u64);
                 if chosen || len == avg * 4 || block + 1 == run.end {
-                    let mut hasher = blake3::Hasher::new();
-                    for hash in &hashes[begin..=block] {
-                        hasher.update(hash.as_bytes());
-                    }
                     pieces.push(Piece {
                         begin: begin * PAGE_BYTES,
                         end: (block + 1) * PAGE_BYTES,
-                        id: ChunkId::from_bytes(*hasher.finalize().as_bytes()),
+                        id: blocks::id_of_blocks(&hashes[begin..=block]),
                     });
                     begin = block + 1;
                 }

@@ -134,14 +134,12 @@ impl RecipeLog {
 
     /// Records pieces that the image now holds. They supersede whatever overlaps them.
     pub fn append(&mut self, entries: &[RecipeEntry]) -> Result<(), RecipeError> {
-        let records = entries.chunks(MAX_RECORD_ITEMS).map(|part| Record::Entries(part.to_vec()));
-        self.write(records.collect())
+        self.write(records(entries.iter().copied(), Record::Entries).collect())
     }
 
     /// Records blocks that belong into the index, behind the pieces that they are of.
     pub fn append_samples(&mut self, samples: &[Sample]) -> Result<(), RecipeError> {
-        let records = samples.chunks(MAX_RECORD_ITEMS).map(|part| Record::Samples(part.to_vec()));
-        self.write(records.collect())
+        self.write(records(samples.iter().copied(), Record::Samples).collect())
     }
 
     /// Records that these parts of the image are zeros now.
@@ -149,9 +147,7 @@ impl RecipeLog {
         &mut self,
         ranges: impl IntoIterator<Item = Range<u64>>,
     ) -> Result<(), RecipeError> {
-        let ranges: Vec<Range<u64>> = ranges.into_iter().collect();
-        let records = ranges.chunks(MAX_RECORD_ITEMS).map(|part| Record::Zeros(part.to_vec()));
-        self.write(records.collect())
+        self.write(records(ranges.into_iter(), Record::Zeros).collect())
     }
 
     /// Records that nothing is known any more of these parts of the image.
@@ -159,9 +155,7 @@ impl RecipeLog {
         &mut self,
         ranges: impl IntoIterator<Item = Range<u64>>,
     ) -> Result<(), RecipeError> {
-        let ranges: Vec<Range<u64>> = ranges.into_iter().collect();
-        let records = ranges.chunks(MAX_RECORD_ITEMS).map(|part| Record::Void(part.to_vec()));
-        self.write(records.collect())
+        self.write(records(ranges.into_iter(), Record::Void).collect())
     }
 
     /// Returns once everything appended is durable. Rewrites the file first if more than half of

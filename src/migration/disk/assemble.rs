@@ -98,10 +98,6 @@ pub(super) struct Assemblies {
     on_way: HashMap<ShortId, Vec<(u16, u64, usize)>>,
 }
 
-fn len_of(entry: &RecipeEntry, block: usize) -> usize {
-    BLOCK_BYTES.min(entry.len as usize - block * BLOCK_BYTES)
-}
-
 impl Assembly {
     fn held(&self) -> u64 {
         self.slots.iter().map(Slot::held).sum()
@@ -167,7 +163,7 @@ impl Assemblies {
                     return false;
                 }
                 // The last block of a disk has its length in no id.
-                if len_of(&entry, block) == BLOCK_BYTES {
+                if entry.block_len(block) == BLOCK_BYTES {
                     if let Some(waiting) = self.on_way.get_mut(id) {
                         waiting.push((disk, entry.offset, block));
                         return false;
@@ -230,7 +226,7 @@ impl Assemblies {
     fn fill(&mut self, key: (u16, u64), block: usize, with: Slot) -> Option<(u16, Made)> {
         let assembly = self.open.get_mut(&key)?;
         let slot = assembly.slots.get_mut(block).filter(|slot| **slot == Slot::Missing)?;
-        if with.held() != len_of(&assembly.entry, block) as u64 {
+        if with.held() != assembly.entry.block_len(block) as u64 {
             return None;
         }
         self.held += with.held();

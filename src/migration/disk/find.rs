@@ -245,10 +245,9 @@ impl Finder {
     ) -> Vec<Slot> {
         let mut slots = vec![Slot::Missing; ids.len()];
         let place = |block: usize| entry.offset + (block * BLOCK_BYTES) as u64;
-        let len = |block: usize| BLOCK_BYTES.min(entry.len as usize - block * BLOCK_BYTES);
         let fresh = disks[usize::from(number)].fresh;
         for block in 0..ids.len() {
-            let (id, len_here) = (ids[block], len(block));
+            let (id, len_here) = (ids[block], entry.block_len(block));
             if !fresh {
                 let here = self.block_at(disks, (number, place(block)), id, len_here).await;
                 if let Some((hash, _)) = here {
@@ -277,7 +276,8 @@ impl Finder {
                     if slots[before] != Slot::Missing {
                         break;
                     }
-                    let found = self.block_at(disks, there, ids[before], len(before)).await;
+                    let found =
+                        self.block_at(disks, there, ids[before], entry.block_len(before)).await;
                     let Some((hash, data)) = found else { break };
                     slots[before] = Slot::Here(hash, data);
                 }

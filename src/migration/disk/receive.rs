@@ -9,9 +9,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use bytes::{Bytes, BytesMut};
-use longhaul_dedup::blocks::{self, BLOCK_BYTES, ShortId, hash_blocks};
+use longhaul_dedup::blocks::{self, BLOCK_BYTES, ShortId};
 use longhaul_dedup::bundle::{BundlePart, ChunkBundle};
-use longhaul_dedup::chunk;
+use longhaul_dedup::chunk::{self, VerifiedChunk};
 use longhaul_dedup::id::ChunkId;
 use longhaul_dedup::offer::{Answer, BlockList, Offer};
 use longhaul_dedup::pages::PageHash;
@@ -271,7 +271,7 @@ impl DiskReceiver {
                 Found::Missing => missing.push((*entry, Vec::from_iter(before))),
                 Found::OnItsWay => {}
                 Found::Here(shift, copy) => {
-                    copies.extend(copy.map(|data| (entry, data)));
+                    copies.extend(copy.map(|chunk| (entry, chunk)));
                     for (_, shifts) in &mut missing[open..] {
                         shifts.push(shift);
                     }
@@ -280,8 +280,8 @@ impl DiskReceiver {
                 }
             }
         }
-        for (entry, data) in copies {
-            self.copy(offer.disk, entry, data).await?;
+        for (entry, chunk) in copies {
+            self.copy(offer.disk, entry, &chunk).await?;
         }
         let fresh = self.disks[usize::from(offer.disk)].fresh;
         let plain = fresh && !self.finder.has_blocks();
@@ -301,8 +301,7 @@ impl DiskReceiver {
         let Some(Offered { disk, pieces }) = self.offered.remove(&list.offer) else {
             return Err(self.bad(format!("it names blocks of item {}, no open offer", list.offer)));
         };
-        let count = |entry: &RecipeEntry| (entry.len as usize).div_ceil(BLOCK_BYTES);
-        if pieces.iter().map(|(entry, _)| count(entry)).sum::<usize>() != list.blocks.len() {
+        if pieces.iter().map(|(entry, _)| entry.blocks()).sum::<usize>() != list.blocks.len() {
             return Err(self.bad("it names other blocks than its offer has"));
         }
         let mut wanted = Vec::with_capacity(list.blocks.len());
@@ -310,7 +309,7 @@ impl DiskReceiver {
         // Everything is read before anything is written: the places may be of one image.
         let mut all_made = Vec::new();
         for (entry, shifts) in pieces {
-            let (here, rest) = ids.split_at(count(&entry));
+            let (here, rest) = ids.split_at(entry.blocks());
             ids = rest;
             let found = if self.assemblies.has_room() {
                 self.finder.blocks(&self.disks, disk, &entry, here, shifts).await
@@ -348,7 +347,7 @@ impl DiskReceiver {
                 && let Ok(found) = chunk::verify(entry.id, data)
             {
                 let in_place = (place.image, place.offset) == (number, entry.offset);
-                let copy = (!in_place).then(|| found.into_data());
+                let copy = (!in_place).then_some(found);
                 return Found::Here(Shift::of(entry.offset, &place), copy);
             }
             // Changed since: nothing is lost but this hint.
@@ -385,10 +384,9 @@ impl DiskReceiver {
                     disk.log.append_zeros([range]).map_err(recipe_error)?;
                 }
                 BundlePart::Chunk { offset, chunk } => {
-                    let (id, data) = (chunk.id(), chunk.into_data());
-                    let entry = RecipeEntry { offset, len: data.len() as u32, id };
-                    self.write(number, entry, data.clone()).await?;
-                    self.arrived(id, &data).await?;
+                    let (len, id) = (chunk.data().len() as u32, chunk.id());
+                    self.write(number, &RecipeEntry { offset, len, id }, &chunk).await?;
+                    self.arrived(&chunk).await?;
                 }
                 BundlePart::Blocks { offset, data } => {
                     let made = self.assemblies.put(number, offset, &data);
@@ -405,12 +403,12 @@ impl DiskReceiver {
     }
 
     /// Writes a piece to the other places that wait for it.
-    async fn arrived(&mut self, id: ChunkId, data: &Bytes) -> Result<(), MigrationError> {
-        for (other, entry) in self.waiting.remove(&id).unwrap_or_default() {
+    async fn arrived(&mut self, chunk: &VerifiedChunk) -> Result<(), MigrationError> {
+        let len = chunk.data().len() as u32;
+        for (other, entry) in self.waiting.remove(&chunk.id()).unwrap_or_default() {
             // Its range was checked when it was offered, with this id.
-            self.check_range(other, entry.offset, data.len() as u64)?;
-            self.copy(other, &RecipeEntry { len: data.len() as u32, ..entry }, data.clone())
-                .await?;
+            self.check_range(other, entry.offset, u64::from(len))?;
+            self.copy(other, &RecipeEntry { len, ..entry }, chunk).await?;
         }
         Ok(())
     }
@@ -430,7 +428,7 @@ impl DiskReceiver {
             let data = disk.image.read(entry.offset, entry.len).await?;
             // It is what was put together just now, unless the disk failed.
             if let Ok(whole) = chunk::verify(entry.id, data) {
-                self.arrived(entry.id, whole.data()).await?;
+                self.arrived(&whole).await?;
             }
         }
         self.flush_some().await
@@ -441,19 +439,19 @@ impl DiskReceiver {
         &mut self,
         number: u16,
         entry: &RecipeEntry,
-        data: Bytes,
+        chunk: &VerifiedChunk,
     ) -> Result<(), MigrationError> {
         let disk = &self.disks[usize::from(number)];
         if disk.fresh {
-            return self.write(number, *entry, data).await;
+            return self.write(number, entry, chunk).await;
         }
+        let data = chunk.data();
         let there = disk.image.read(entry.offset, entry.len).await?;
         let same: Vec<bool> = data
             .chunks(BLOCK_BYTES)
             .zip(there.chunks(BLOCK_BYTES))
             .map(|(new, old)| new == old)
             .collect();
-        let hashes = hash_blocks(&data);
         self.overwrites(number, &(entry.offset..entry.offset + u64::from(entry.len)));
         let mut block = 0;
         for run in same.chunk_by(|one, next| one == next) {
@@ -464,7 +462,7 @@ impl DiskReceiver {
                 self.put(number, entry.offset + start as u64, data.slice(start..end)).await?;
             }
         }
-        self.note(number, entry, &hashes)?;
+        self.note(number, entry, chunk.hashes())?;
         self.flush_some().await
     }
 
@@ -472,17 +470,16 @@ impl DiskReceiver {
     async fn write(
         &mut self,
         number: u16,
-        entry: RecipeEntry,
-        data: Bytes,
+        entry: &RecipeEntry,
+        chunk: &VerifiedChunk,
     ) -> Result<(), MigrationError> {
         self.overwrites(number, &(entry.offset..entry.offset + u64::from(entry.len)));
-        let hashes = hash_blocks(&data);
-        self.put(number, entry.offset, data).await?;
-        self.note(number, &entry, &hashes)?;
+        self.put(number, entry.offset, chunk.data().clone()).await?;
+        self.note(number, entry, chunk.hashes())?;
         self.flush_some().await
     }
 
-    /// Writes checked bytes, zeros within them as holes.
+    /// Writes checked bytes, zeros within them as holes; [`overwrites`](Self::overwrites) comes first.
     async fn put(&mut self, number: u16, offset: u64, data: Bytes) -> Result<(), MigrationError> {
         let disk = &mut self.disks[usize::from(number)];
         for (range, zero) in split_zero_runs(&data, ZERO_GRANULARITY) {
@@ -493,7 +490,6 @@ impl DiskReceiver {
                 (false, _) => disk.image.write(at, data.slice(range)).await?,
             }
         }
-        self.finder.written(number, &(offset..offset + data.len() as u64));
         self.unflushed += data.len() as u64;
         Ok(())
     }
@@ -599,7 +595,7 @@ impl DiskReceiver {
 /// Where a piece is.
 enum Found {
     /// There; with its content unless it is in place.
-    Here(Shift, Option<Bytes>),
+    Here(Shift, Option<VerifiedChunk>),
     /// On its way for another place, and will be written here too.
     OnItsWay,
     Missing,

@@ -308,12 +308,11 @@ impl Disk<'_> {
                 if plain {
                     self.compares.store(false, Ordering::Relaxed);
                 }
-                for (sending, differs) in parcels.iter().zip(decode(parcels.len())?) {
-                    if !differs {
-                        self.is_known(&sending.parcel);
-                    }
-                }
                 let differs = decode(parcels.len())?;
+                // What is known makes room before anything waits for the link.
+                for (sending, _) in parcels.iter().zip(&differs).filter(|(_, differs)| !**differs) {
+                    self.is_known(&sending.parcel);
+                }
                 for (sending, _) in parcels.into_iter().zip(differs).filter(|(_, differs)| *differs)
                 {
                     self.ask_pieces(sending).await?;
