@@ -1,0 +1,125 @@
+//! The recorded loads that the simulator plays, and the reference figures it is held to.
+//!
+//! Invariant: what a file says beyond its format is refused with its name and line; nothing is
+//! guessed. The files are never part of the tree, so every reader is told their folder.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+/// The ten days of PlanetLab that the consolidation papers use, in March and April 2011.
+pub const PLANETLAB_DAYS: [&str; 10] = [
+    "20110303", "20110306", "20110309", "20110322", "20110325", "20110403", "20110409", "20110411",
+    "20110412", "20110420",
+];
+
+/// Samples of a day, one each 5 min.
+pub const SAMPLES_PER_DAY: usize = 288;
+
+/// Most VMs of one day that are read; the largest day has 1516.
+const VMS_MAX: usize = 100_000;
+/// Most bytes of one unpacked trace.
+const TRACE_BYTES_MAX: u64 = 1 << 28;
+
+/// One day: of each VM its CPU use as a share of its own size, 0 to 1, one value each 5 min.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Day {
+    /// `20110303`.
+    pub name: String,
+    /// Of each VM [`SAMPLES_PER_DAY`] values.
+    pub vms: Vec<Vec<f64>>,
+}
+
+/// Reads one PlanetLab day from `planetlab_DAY.csv.zst` in `folder`.
+///
+/// # Errors
+///
+/// When the file is missing, is no zstd, or has a line that is not a VM's number and 288 percentages.
+pub fn planetlab(folder: &Path, day: &str) -> Result<Day> {
+    let path = folder.join(format!("planetlab_{day}.csv.zst"));
+    let file = std::fs::File::open(&path).with_context(|| {
+        format!("while opening {}; the traces are not part of the tree", path.display())
+    })?;
+    let unpacked = zstd::stream::read::Decoder::new(file)
+        .with_context(|| format!("while unpacking {}", path.display()))?
+        .take(TRACE_BYTES_MAX);
+    let mut vms = Vec::new();
+    for (number, line) in (1..).zip(BufReader::new(unpacked).lines()) {
+        let line = line.with_context(|| format!("while unpacking {}", path.display()))?;
+        if number == 1 && line.starts_with("vm") {
+            continue;
+        }
+        ensure!(vms.len() < VMS_MAX, "{}: more than {VMS_MAX} VMs", path.display());
+        vms.push(shares(&line).with_context(|| format!("{}:{number}", path.display()))?);
+    }
+    ensure!(!vms.is_empty(), "{} has no VM", path.display());
+    Ok(Day { name: day.to_owned(), vms })
+}
+
+/// `number,percent,percent,..` as shares.
+fn shares(line: &str) -> Result<Vec<f64>> {
+    let mut values = Vec::with_capacity(SAMPLES_PER_DAY);
+    for field in line.split(',').skip(1) {
+        let percent: u32 = field.trim().parse().with_context(|| format!("{field:?} is no percentage"))?;
+        ensure!(percent <= 100, "{percent} % is more than a VM's own size");
+        ensure!(values.len() < SAMPLES_PER_DAY, "more than {SAMPLES_PER_DAY} samples");
+        values.push(f64::from(percent) / 100.0);
+    }
+    ensure!(values.len() == SAMPLES_PER_DAY, "{} samples, not {SAMPLES_PER_DAY}", values.len());
+    Ok(values)
+}
+
+/// What CloudSim 3.0.3 itself printed for one day and rule.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reference {
+    /// Energy of all hosts in kWh.
+    pub energy_kwh: f64,
+    /// Migrations started.
+    pub migrations: f64,
+    /// Share of the hosts' active time in which they gave less than was asked.
+    pub slatah: f64,
+    /// Share of the asked CPU that was not given during migrations.
+    pub pdm: f64,
+}
+
+/// Reads the figures of one day and rule (`thr`, `0.8`) from `baseline_cloudsim303_planetlab.csv`.
+///
+/// # Errors
+///
+/// When the file cannot be read or has no such line.
+pub fn reference(folder: &Path, day: &str, rule: &str, parameter: &str) -> Result<Reference> {
+    let path = folder.join("baseline_cloudsim303_planetlab.csv");
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("while reading {}", path.display()))?;
+    let wanted = [day, rule, parameter, "mmt"];
+    let fields = text
+        .lines()
+        .map(|line| line.split(',').collect::<Vec<_>>())
+        .find(|fields| fields.starts_with(&wanted))
+        .with_context(|| format!("{} has no {day} {rule} {parameter}", path.display()))?;
+    let figure = |at: usize| -> Result<f64> {
+        let field = fields.get(at).with_context(|| format!("{}: short line", path.display()))?;
+        field.parse().with_context(|| format!("{}: {field:?} is no number", path.display()))
+    };
+    Ok(Reference {
+        energy_kwh: figure(4)?,
+        migrations: figure(5)?,
+        slatah: figure(7)?,
+        pdm: figure(8)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_a_number_and_a_day_of_percentages() {
+        let line = |count: usize, value: &str| "7".to_owned() + &format!(",{value}").repeat(count);
+        assert_eq!(shares(&line(SAMPLES_PER_DAY, "50")).unwrap(), vec![0.5; SAMPLES_PER_DAY]);
+        for bad in [line(287, "1"), line(289, "1"), line(288, "101"), line(288, "-1"), line(288, "x")] {
+            assert!(shares(&bad).is_err(), "{bad}");
+        }
+    }
+}
