@@ -13,6 +13,7 @@ use longhaul_bench::chunks;
 use longhaul_bench::netns::{self, Side};
 use longhaul_bench::profile::{Overrides, Profile};
 use longhaul_bench::run::{self, Plan};
+use longhaul_bench::simulate;
 use longhaul_bench::transfer::{self, ends, summary};
 use longhaul_bench::wan::{self, Request, Spec, lab_binary};
 use longhaul_bench::{row, speed};
@@ -45,8 +46,17 @@ enum Area {
     /// Ways to find one disk image in another, and rivals on the same images.
     #[command(subcommand)]
     Chunks(ChunksCommand),
+    /// Days of recorded load on simulated hosts, without a guest or a WAN.
+    #[command(subcommand)]
+    Simulate(SimulateCommand),
     /// Prints medians and ratios of result rows.
     Compare(Comparison),
+}
+
+#[derive(Debug, Subcommand)]
+enum SimulateCommand {
+    /// Holds the simulator to CloudSim 3.0.3: the same days under the same two rules.
+    Honest(simulate::HonestPlan),
 }
 
 #[derive(Debug, Subcommand)]
@@ -202,6 +212,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         Area::Run { over, plan } => run::run(&plan, &over.profile()?)?,
         Area::Link(command) => link_command(command)?,
         Area::Chunks(command) => chunks_command(command)?,
+        Area::Simulate(SimulateCommand::Honest(plan)) => simulate::honest(&plan)?,
         Area::Compare(comparison) => {
             comparison.print(row::summarise, |summaries| row::table(summaries))?;
         }

@@ -5,7 +5,8 @@
 //! [`netns`] and [`wan`] (where they run and how they are controlled), [`speed`] (what gets through),
 //! [`transfer`] (what a transport makes of it, ours beside its rivals'); then [`guest`] and [`watch`] (who is moved and how it proves that it is well), [`host`] (the
 //! product) and [`rival`] (what it is compared to), [`run`] (one measurement, whole; on memory from `warm`), [`row`] (what
-//! is written down). Apart from all that: [`chunks`] (ways to cut disk images, compared without a WAN).
+//! is written down). Apart from all that: [`chunks`] (ways to cut disk images, compared without a WAN), and
+//! [`simulate`] (recorded days on simulated hosts).
 
 pub mod chunks;
 pub mod guest;
@@ -19,6 +20,7 @@ pub mod relay;
 pub mod rival;
 pub mod row;
 pub mod run;
+pub mod simulate;
 pub mod speed;
 pub mod transfer;
 mod tun;

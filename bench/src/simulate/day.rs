@@ -120,8 +120,10 @@ impl Running {
             let host = &self.hosts[host];
             let before = as_share(host.used_mips_before, host.kind);
             if span_s > 0.0 && before > 0.0 {
-                let (from, to) =
-                    (host.kind.power_w(before), host.kind.power_w(as_share(host.used_mips, host.kind)));
+                let (from, to) = (
+                    host.kind.power_w(before),
+                    host.kind.power_w(as_share(host.used_mips, host.kind)),
+                );
                 self.energy_ws += (from + (to - from) / 2.0) * span_s;
             }
         }
@@ -256,7 +258,9 @@ mod tests {
     #[test]
     fn the_same_day_ends_the_same_and_idle_vms_end() {
         let vms = (0..40_u32)
-            .map(|vm| (0..SAMPLES_PER_DAY).map(|at| f64::from((vm * 7 + at as u32 / 9) % 60) / 100.0))
+            .map(|vm| {
+                (0..SAMPLES_PER_DAY).map(|at| f64::from((vm * 7 + at as u32 / 9) % 60) / 100.0)
+            })
             .map(Iterator::collect)
             .collect();
         let day = Day { name: "made up".to_owned(), vms };

@@ -144,6 +144,9 @@ mod tests {
     #[test]
     fn vms_come_in_four_blocks() {
         let sizes: Vec<f64> = (0..10).map(|number| vm_size(number, 10).0).collect();
-        assert_eq!(&sizes, &[2500.0, 2500.0, 2500.0, 2000.0, 2000.0, 2000.0, 1000.0, 1000.0, 1000.0, 500.0]);
+        assert_eq!(
+            &sizes,
+            &[2500.0, 2500.0, 2500.0, 2000.0, 2000.0, 2000.0, 1000.0, 1000.0, 1000.0, 500.0]
+        );
     }
 }

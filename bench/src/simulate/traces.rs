@@ -61,7 +61,8 @@ pub fn planetlab(folder: &Path, day: &str) -> Result<Day> {
 fn shares(line: &str) -> Result<Vec<f64>> {
     let mut values = Vec::with_capacity(SAMPLES_PER_DAY);
     for field in line.split(',').skip(1) {
-        let percent: u32 = field.trim().parse().with_context(|| format!("{field:?} is no percentage"))?;
+        let percent: u32 =
+            field.trim().parse().with_context(|| format!("{field:?} is no percentage"))?;
         ensure!(percent <= 100, "{percent} % is more than a VM's own size");
         ensure!(values.len() < SAMPLES_PER_DAY, "more than {SAMPLES_PER_DAY} samples");
         values.push(f64::from(percent) / 100.0);
@@ -118,7 +119,9 @@ mod tests {
     fn a_line_is_a_number_and_a_day_of_percentages() {
         let line = |count: usize, value: &str| "7".to_owned() + &format!(",{value}").repeat(count);
         assert_eq!(shares(&line(SAMPLES_PER_DAY, "50")).unwrap(), vec![0.5; SAMPLES_PER_DAY]);
-        for bad in [line(287, "1"), line(289, "1"), line(288, "101"), line(288, "-1"), line(288, "x")] {
+        for bad in
+            [line(287, "1"), line(289, "1"), line(288, "101"), line(288, "-1"), line(288, "x")]
+        {
             assert!(shares(&bad).is_err(), "{bad}");
         }
     }
