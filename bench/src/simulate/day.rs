@@ -233,7 +233,7 @@ impl Running {
 
 /// A VM's use at a time: linear between its samples; after the last one it stays.
 fn use_at(trace: &[f64], at_s: f64) -> f64 {
-    let sample = |at: f64| trace.get(at as usize).or(trace.last()).copied().unwrap_or(0.0);
+    let sample = |at: f64| trace.get(at as usize).or_else(|| trace.last()).copied().unwrap_or(0.0);
     let (low, high) = ((at_s / INTERVAL_S).floor(), (at_s / INTERVAL_S).ceil());
     if low == high {
         return sample(low);
@@ -259,7 +259,7 @@ mod tests {
     fn the_same_day_ends_the_same_and_idle_vms_end() {
         let vms = (0..40_u32)
             .map(|vm| {
-                (0..SAMPLES_PER_DAY).map(|at| f64::from((vm * 7 + at as u32 / 9) % 60) / 100.0)
+                (0..SAMPLES_PER_DAY).map(move |at| f64::from((vm * 7 + at as u32 / 9) % 60) / 100.0)
             })
             .map(Iterator::collect)
             .collect();
