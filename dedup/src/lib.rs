@@ -9,12 +9,14 @@
 //!                               |
 //!                               v
 //!             summary --> offer --> bundle --> compress     what crosses the WAN
-//!                                              ^
+//!                           |          ^      ^
+//!                         grains --> patch    |             what is only similar
+//!                                             |
 //! memory pages --> pages, delta --> pagebatch -+-- level   how hard to try
 //! ```
 //!
 //! Reading order: [`id`], [`blocks`], [`chunk`], [`recipe`], [`index`], [`summary`], [`offer`],
-//! [`bundle`] for disks; [`pages`], [`delta`], [`pagebatch`] for memory; [`compress`] and [`level`] for both.
+//! [`grains`], [`patch`], [`bundle`] for disks; [`pages`], [`delta`], [`pagebatch`] for memory; [`compress`] and [`level`] for both.
 //!
 #![doc = include_str!("../FORMAT.md")]
 
@@ -24,12 +26,14 @@ pub mod chunk;
 pub mod compress;
 mod cursor;
 pub mod delta;
+pub mod grains;
 pub mod id;
 pub mod index;
 pub mod level;
 pub mod offer;
 pub mod pagebatch;
 pub mod pages;
+pub mod patch;
 pub mod recipe;
 pub mod summary;
 pub mod zeros;

@@ -21,12 +21,16 @@ pub use log::{RecipeError, RecipeLog};
 
 use crate::{
     blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, ShortId},
+    grains::GrainId,
     id::ChunkId,
 };
 
 /// The most pieces, samples and runs of zeros that one recipe may list: 2 TiB of data. A piece takes
 /// about 65 bytes in memory, the others 30.
 pub const MAX_RECIPE_ENTRIES: usize = 1 << 26;
+
+/// Samples of grains that one recipe lists: those of 40 GiB of data, in about 100 MiB of memory.
+pub const MAX_GRAINS: usize = 1 << 22;
 
 /// One piece at its place in an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,6 +50,15 @@ pub struct Sample {
     pub offset: u64,
     /// The block's short id.
     pub id: ShortId,
+}
+
+/// A grain at its place in an image, one of those by which similar stretches are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GrainSample {
+    /// First byte in the image as the guest sees it.
+    pub offset: u64,
+    /// The grain's id.
+    pub id: GrainId,
 }
 
 impl RecipeEntry {
@@ -106,6 +119,7 @@ pub struct Recipe {
     /// From where to where zeros are known to be.
     zeros: BTreeMap<u64, u64>,
     samples: BTreeMap<u64, ShortId>,
+    grains: BTreeMap<u64, GrainId>,
     complete: Option<Completed>,
     /// Items in the log that `live` was made from, superseded ones included.
     logged: u64,
@@ -154,6 +168,7 @@ impl Recipe {
             live: BTreeMap::new(),
             zeros: BTreeMap::new(),
             samples: BTreeMap::new(),
+            grains: BTreeMap::new(),
             complete: None,
             logged: 0,
             log_bytes: HEADER_BYTES as u64,
@@ -177,6 +192,16 @@ impl Recipe {
     /// The blocks that belong into the index, by ascending offset.
     pub fn samples(&self) -> impl Iterator<Item = Sample> + '_ {
         self.samples.iter().map(|(offset, id)| Sample { offset: *offset, id: *id })
+    }
+
+    /// The samples of grains, by ascending offset.
+    pub fn grains(&self) -> impl Iterator<Item = GrainSample> + '_ {
+        self.grains.iter().map(|(offset, id)| GrainSample { offset: *offset, id: *id })
+    }
+
+    /// Those of them that begin in a stretch.
+    pub fn grains_in(&self, stretch: Range<u64>) -> impl Iterator<Item = GrainSample> + '_ {
+        self.grains.range(stretch).map(|(offset, id)| GrainSample { offset: *offset, id: *id })
     }
 
     /// Where zeros are known to be, ascending, apart from each other.
@@ -211,9 +236,9 @@ impl Recipe {
         self.live.len()
     }
 
-    /// Pieces, samples and runs of zeros.
+    /// Pieces, samples of blocks and of grains, and runs of zeros.
     fn items(&self) -> usize {
-        self.live.len() + self.zeros.len() + self.samples.len()
+        self.live.len() + self.zeros.len() + self.samples.len() + self.grains.len()
     }
 
     /// Whether nothing is known of the image.
@@ -235,6 +260,7 @@ impl Recipe {
             Record::Samples(samples) => {
                 samples.iter().all(|sample| sample.offset < self.image_bytes)
             }
+            Record::Grains(grains) => grains.iter().all(|grain| grain.offset < self.image_bytes),
             Record::Void(ranges) | Record::Zeros(ranges) => {
                 ranges.iter().all(|range| range.start < range.end && range.end <= self.image_bytes)
             }
@@ -268,6 +294,11 @@ impl Recipe {
                 self.samples.extend(samples.iter().map(|sample| (sample.offset, sample.id)));
                 self.logged += samples.len() as u64;
             }
+            Record::Grains(grains) => {
+                let room = MAX_GRAINS.saturating_sub(self.grains.len());
+                self.grains.extend(grains.iter().take(room).map(|grain| (grain.offset, grain.id)));
+                self.logged += grains.len() as u64;
+            }
             Record::Complete(completed) => self.complete = Some(*completed),
         }
         self.log_bytes += bytes;
@@ -294,6 +325,11 @@ impl Recipe {
             self.samples.range(range.clone()).map(|(offset, _)| *offset).collect();
         for offset in samples {
             self.samples.remove(&offset);
+        }
+        let grains: Vec<u64> =
+            self.grains.range(range.clone()).map(|(offset, _)| *offset).collect();
+        for offset in grains {
+            self.grains.remove(&offset);
         }
         let reach = u64::from(MAX_PIECE_BYTES);
         let stale: Vec<u64> = self

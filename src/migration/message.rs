@@ -201,6 +201,8 @@ pub enum ToSource {
         /// To summaries: this disk need not be asked by them any more. To an offer: send the wanted
         /// pieces whole, nothing is here that their blocks could be found in.
         plain: bool,
+        /// To a list of blocks: what seems to be similar to its pieces, encoded by `dedup::offer`.
+        bases: Vec<u8>,
     },
     /// The answer to the end of a disk: pieces that did not come together, each with its first byte
     /// and its length. They are wanted whole; with none the disk is as it was offered.
