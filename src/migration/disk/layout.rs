@@ -107,6 +107,11 @@ impl Layout {
         bytes_of(&self.data) + bytes_of(&self.zeros)
     }
 
+    /// Whether it is all of the disk.
+    pub(super) fn is_whole(&self) -> bool {
+        self.covered() == self.bytes
+    }
+
     /// What it has of a parcel, if the disk has that.
     pub(super) fn part(&self, parcel: u64) -> Option<Part> {
         let place = parcel_range(parcel, self.bytes)?;

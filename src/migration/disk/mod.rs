@@ -15,6 +15,7 @@
 mod assemble;
 mod find;
 mod layout;
+mod recall;
 mod receive;
 mod record;
 mod send;

@@ -30,7 +30,7 @@ use super::super::link::Link;
 use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
 use super::super::meter::Meter;
 use super::PARCELS_UNDER_WAY;
-use super::layout::{Layout, Parcel};
+use super::layout::{Layout, Parcel, Part};
 use super::record::ImageRecord;
 use crate::hypervisor::DiskView;
 
@@ -79,10 +79,10 @@ enum Question {
 
 /// Sends views of one VM's disks.
 pub(in super::super) struct DiskSender<'a> {
-    link: &'a Link,
-    meter: &'a Meter,
+    pub(super) link: &'a Link,
+    pub(super) meter: &'a Meter,
     coding: &'a Coding,
-    record: &'a ImageRecord,
+    pub(super) record: &'a ImageRecord,
     /// See [`KEPT_BYTES`].
     kept_bytes: usize,
 }
@@ -114,8 +114,12 @@ impl<'a> DiskSender<'a> {
     ) -> Result<(), MigrationError> {
         let layout = Layout::of(&view.extents().await?, view.info().bytes);
         self.meter.expect(layout.covered());
+        let mut parts: Vec<Part> = layout.parts().collect();
+        if how == How::Offer {
+            parts = self.recall(disk, parts, class).await?;
+        }
         let kept_bytes = Arc::new(Semaphore::new(self.kept_bytes));
-        let mut parcels = stream::iter(layout.parts())
+        let mut parcels = stream::iter(parts)
             .map(|part| part.read(|offset, len| view.read(offset, len)))
             .buffered(PARCELS_AHEAD);
         let sending = Disk {
@@ -159,7 +163,13 @@ impl<'a> DiskSender<'a> {
         };
         match how {
             How::Push => offering.await,
-            How::Offer => tokio::try_join!(offering, sending.hear()).map(|_| ()),
+            How::Offer => {
+                tokio::try_join!(offering, sending.hear())?;
+                if layout.is_whole() {
+                    self.record.is_whole(disk);
+                }
+                Ok(())
+            }
         }
     }
 }

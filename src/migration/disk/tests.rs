@@ -23,6 +23,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 
+mod recalled;
 mod similar;
 
 use super::super::coding::Coding;
@@ -199,6 +200,17 @@ impl Ends {
         known: Vec<ImageFile>,
         forgetful: bool,
     ) -> (Self, Round) {
+        self.send_recorded(guest, how, known, forgetful, ImageRecord::new(vec![None])).await
+    }
+
+    async fn send_recorded(
+        self,
+        guest: &Guest,
+        how: How,
+        known: Vec<ImageFile>,
+        forgetful: bool,
+        record: ImageRecord,
+    ) -> (Self, Round) {
         let (mut receiver, written) = self.receiver(guest.info.bytes, known).await;
         let (said, _hears) = self.target.control().unwrap();
         let (all, mut counted) = oneshot::channel();
@@ -223,7 +235,7 @@ impl Ends {
         });
         let link = Link::new("peer", self.source.clone()).unwrap();
         let meter = Meter::new("vm", "peer", Phase::Seed);
-        let (coding, record) = (Coding::new(), ImageRecord::new(vec![None]));
+        let coding = Coding::new();
         let sender = DiskSender::new(&link, &meter, &coding, &record);
         let sender = if forgetful { sender.forgetful() } else { sender };
         sender.send(0, guest, how, Class::Seed).await.unwrap();
