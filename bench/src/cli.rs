@@ -15,7 +15,7 @@ use longhaul_bench::profile::{Overrides, Profile};
 use longhaul_bench::run::{self, Plan};
 use longhaul_bench::transfer::{self, ends, summary};
 use longhaul_bench::wan::{self, Request, Spec, lab_binary};
-use longhaul_bench::{row, speed};
+use longhaul_bench::{push, row, speed};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -38,6 +38,13 @@ enum Area {
         over: Over,
         #[command(flatten)]
         plan: Box<Plan>,
+    },
+    /// Sends images to a peer through a WAN, without a guest, and writes down what it took.
+    Push {
+        #[command(flatten)]
+        over: Over,
+        #[command(flatten)]
+        plan: push::Plan,
     },
     /// What the transport and its rivals make of a WAN, without a guest.
     #[command(subcommand)]
@@ -200,6 +207,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     match Cli::parse().command {
         Area::Wan(command) => return wan_command(command),
         Area::Run { over, plan } => run::run(&plan, &over.profile()?)?,
+        Area::Push { over, plan } => push::run(&plan, &over.profile()?)?,
         Area::Link(command) => link_command(command)?,
         Area::Chunks(command) => chunks_command(command)?,
         Area::Compare(comparison) => {

@@ -4,6 +4,7 @@
 //! `admission`'s, whom to trust `peers`', what a VM is `registry`'s, how it moves the mover's.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,9 +22,10 @@ use super::registry::Registry;
 use crate::config::{Config, Problem, valid_downtime_limit};
 use crate::control::{
     Checked, Failure, FailureKind, JobKind, JobOutcome, JobSummary, Metric, MoveRequest,
-    OwnIdentity, PeerSummary, Reply, Request, Status, VmSource, chain,
+    OwnIdentity, PeerSummary, PushRequest, Reply, Request, Status, VmSource, chain,
 };
 use crate::migration::handover::Conflict;
+use crate::migration::job::ImageJob;
 
 /// Ended jobs in a status.
 const RECENT_MAX: usize = 10;
@@ -69,6 +71,7 @@ impl Desk {
         let followed = match request {
             Request::Seed(wish) => self.start(JobKind::Seed, wish).await,
             Request::Migrate(wish) => self.start(JobKind::Migrate, wish).await,
+            Request::Push(wish) => self.push(wish),
             Request::Watch { vm } => self.jobs.follow(&vm).map(Reaction::Follow),
             other => Ok(Reaction::Answer(Box::new(self.answer(other).await))),
         };
@@ -129,7 +132,7 @@ impl Desk {
                 self.mover.resolve(&vm, runs).await.map(Reply::Said)
             }
             // Answered by `react`.
-            Request::Seed(_) | Request::Migrate(_) | Request::Watch { .. } => {
+            Request::Seed(_) | Request::Migrate(_) | Request::Push(_) | Request::Watch { .. } => {
                 Err(Failure::refused("this request starts or follows a job", ""))
             }
         }
@@ -161,13 +164,33 @@ impl Desk {
             Some(ms) => valid_downtime_limit(ms).map_err(problem_failure)?,
             None => default_ms.unwrap_or(u64::MAX),
         };
-        let options = MoveOptions { downtime_limit_ms, deadline_s, rate };
+        let options = MoveOptions { downtime_limit_ms, deadline_s, rate, image: None };
         if deadline_s.is_some_and(|s| s > DEADLINE_S_MAX) {
             return Err(Failure::refused("the deadline is more than a year away", "leave it out"));
         }
         let in_doubt = self.is_in_doubt(&vm).await;
         let vm_known = self.registry.knows(&vm);
         let wish = Wish { kind, vm, vm_known, in_doubt };
+        let follow = self.jobs.start(&wish, peer, options)?;
+        if detach {
+            return Ok(Reaction::Answer(Box::new(Ok(Reply::Started(follow.summary())))));
+        }
+        Ok(Reaction::Follow(follow))
+    }
+
+    /// Starts a push; the image is this host's operator's to name.
+    fn push(&self, wish: PushRequest) -> Result<Reaction, Failure> {
+        let PushRequest { image, to, pool, file, replace, deadline_s, rate, detach } = wish;
+        let peer = self.peers.get(&to).map_err(problem_failure)?;
+        let path = PathBuf::from(&image);
+        if !path.is_absolute() || !path.exists() {
+            let what = format!("there is no image {image}");
+            return Err(Failure::refused(what, "give the path of a raw image or of a .qcow2"));
+        }
+        let image_job = ImageJob { image: path, peer: to, pool, file, replace };
+        let options =
+            MoveOptions { downtime_limit_ms: 0, deadline_s, rate, image: Some(image_job) };
+        let wish = Wish { kind: JobKind::Push, vm: image, vm_known: true, in_doubt: false };
         let follow = self.jobs.start(&wish, peer, options)?;
         if detach {
             return Ok(Reaction::Answer(Box::new(Ok(Reply::Started(follow.summary())))));

@@ -196,6 +196,53 @@ impl MigrationMover {
     }
 }
 
+impl MigrationMover {
+    /// One attempt to push after the other, as long as only the link or the peer's agent fails.
+    async fn push_image(
+        &self,
+        job: &Job,
+        progress: &watch::Sender<Progress>,
+        cancel: &CancelToken,
+    ) -> Result<Completed, Failure> {
+        let Some(order) = &job.options.image else {
+            return Err(Failure::refused("a push names an image", ""));
+        };
+        let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
+        let dial = Dialer { rate: caps.rate(), ..self.dialer(&job.peer.name) };
+        let mut cuts = 0;
+        loop {
+            let attempt = async {
+                let session = dial.dial().await;
+                let session =
+                    session.map_err(|detail| MigrationError::cut(&job.peer.name, detail))?;
+                migration::push(&self.site, order, session, progress).await
+            };
+            let ended = tokio::select! {
+                ended = attempt => ended,
+                _ = cancel.cancelled() => Err(MigrationError::Cancelled),
+            };
+            let error = match ended {
+                Ok(completed) => return Ok(completed),
+                Err(error) => error,
+            };
+            if !error.is_cut() || cuts == CUTS_MAX {
+                return Err(failure(&job.vm, &error));
+            }
+            cuts += 1;
+            tracing::info!(image = job.vm, peer = job.peer.name, %error, cuts, "trying again");
+            progress.send_modify(|progress| {
+                progress.note = Some(format!("{error}; trying again"));
+            });
+            tokio::select! {
+                () = tokio::time::sleep(CUT_WAIT) => {}
+                _ = cancel.cancelled() => {
+                    return Err(failure(&job.vm, &MigrationError::Cancelled));
+                }
+            }
+        }
+    }
+}
+
 #[async_trait]
 impl Mover for MigrationMover {
     async fn seed(
@@ -214,6 +261,15 @@ impl Mover for MigrationMover {
         cancel: CancelToken,
     ) -> Result<Completed, Failure> {
         self.run(&job, Purpose::Migrate, &progress, &cancel).await
+    }
+
+    async fn push(
+        &self,
+        job: Job,
+        progress: watch::Sender<Progress>,
+        cancel: CancelToken,
+    ) -> Result<Completed, Failure> {
+        self.push_image(&job, &progress, &cancel).await
     }
 
     async fn serve(&self, session: Session, peer: Peer, cancel: CancelToken) {

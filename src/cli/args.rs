@@ -129,6 +129,21 @@ or a lost terminal ends this command, not the migration; `longhaul watch` follow
 Example:
   longhaul migrate db1 --to lyon --downtime-limit 300ms --deadline 2h")]
     Migrate(MigrateArgs),
+    /// Send an image to a peer's pool, without a VM
+    #[command(after_help = "\
+IMAGE is a raw image, or a qcow2 if its name ends in .qcow2; one that a QEMU has open is refused. It
+arrives in the peer's pool `default`, or in POOL, under NAME, and has that name only once it is there
+whole, verified and durable. What the peer has of it is not sent: an earlier image of that name, which
+is replaced only with --replace, other images with a record, an earlier push that was cut.
+
+The job belongs to the agent and goes by the image's path: `longhaul watch` and `longhaul cancel`
+take that.
+
+Example:
+  longhaul push /srv/golden.raw lyon:golden.raw
+  longhaul push /srv/golden.raw lyon:golden.raw --replace --rate 50M
+  longhaul push db1.qcow2 lyon:fast/db1.qcow2")]
+    Push(PushArgs),
     /// Follow the job that moves a VM
     #[command(after_help = "\
 The exit code is that of the job, as if it had been started by this command.
@@ -422,6 +437,45 @@ pub struct MigrateArgs {
     pub how: MoveArgs,
 }
 
+/// Arguments of `push`.
+#[derive(Debug, Args)]
+pub struct PushArgs {
+    /// The image's file
+    pub image: PathBuf,
+    /// The peer, and the image's name there
+    #[arg(value_name = "PEER:[POOL/]NAME", value_parser = parse_place)]
+    pub to: Place,
+    /// Replace an image of that name
+    #[arg(long)]
+    pub replace: bool,
+    /// How.
+    #[command(flatten)]
+    pub how: MoveArgs,
+}
+
+/// An image's place at a peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The peer.
+    pub peer: String,
+    /// Its pool.
+    pub pool: String,
+    /// The file name there.
+    pub file: String,
+}
+
+/// The pool that is meant where none is named.
+const DEFAULT_POOL: &str = "default";
+
+fn parse_place(text: &str) -> Result<Place, String> {
+    let (peer, name) = text.split_once(':').ok_or("write it as in lyon:golden.raw")?;
+    let (pool, file) = name.split_once('/').unwrap_or((DEFAULT_POOL, name));
+    if peer.is_empty() || pool.is_empty() || file.is_empty() || file.contains('/') {
+        return Err("write it as in lyon:golden.raw or lyon:pool/golden.raw".to_owned());
+    }
+    Ok(Place { peer: peer.to_owned(), pool: pool.to_owned(), file: file.to_owned() })
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -460,6 +514,10 @@ mod tests {
         assert!(parse("longhaul seed db1").is_err());
         assert!(parse("longhaul seed db1 --forget").is_ok());
         assert!(parse("longhaul seed db1 --forget --to lyon").is_err());
+        assert!(parse("longhaul push a.raw lyon:pool/a.raw --replace").is_ok());
+        assert!(parse("longhaul push a.raw lyon").is_err());
+        assert!(parse("longhaul push a.raw lyon:").is_err());
+        assert!(parse("longhaul push a.raw lyon:a/b/c").is_err());
         assert!(parse("longhaul pair lyon").is_err());
         assert!(parse("longhaul pair --list --remove lyon").is_err());
         assert!(parse("longhaul migrate db1 --to lyon --detach --attached").is_err());

@@ -107,6 +107,7 @@ pub async fn run(global: &Global, command: Command) -> Exit {
         Command::Vm(command) => vm::run(global, command).await,
         Command::Seed(args) => moves::seed(global, args).await,
         Command::Migrate(args) => moves::migrate(global, args).await,
+        Command::Push(args) => moves::push(global, args).await,
         Command::Watch(args) => moves::watch(global, args.vm).await,
         Command::Cancel(args) => moves::cancel(global, args.vm).await,
         Command::Resolve(args) => resolve::run(global, args).await,

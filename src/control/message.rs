@@ -111,6 +111,8 @@ pub enum Request {
         /// Its name once more, typed by whoever takes the risk.
         confirm: String,
     },
+    /// Send an image without a VM.
+    Push(PushRequest),
 }
 
 /// A VM by name, or by a description that was typed.
@@ -138,6 +140,31 @@ pub struct MoveRequest {
     /// Downtime that it may take; the agent's own limit if absent.
     #[serde(default)]
     pub downtime_limit_ms: Option<u64>,
+    /// Seconds after which it gives up; none if absent.
+    #[serde(default)]
+    pub deadline_s: Option<u64>,
+    /// Cap for this job; the agent's own cap holds in any case.
+    #[serde(default)]
+    pub rate: Option<RateCalendar>,
+    /// Answer as soon as the job is admitted, not when it ended.
+    #[serde(default)]
+    pub detach: bool,
+}
+
+/// What a push should do. Its job goes by the image's path.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PushRequest {
+    /// The image here: an absolute path.
+    pub image: String,
+    /// The peer's name here.
+    pub to: String,
+    /// The peer's pool that it is for.
+    pub pool: String,
+    /// Its file name there.
+    pub file: String,
+    /// Replace an image of that name.
+    #[serde(default)]
+    pub replace: bool,
     /// Seconds after which it gives up; none if absent.
     #[serde(default)]
     pub deadline_s: Option<u64>,
@@ -303,6 +330,8 @@ pub enum JobKind {
     Seed,
     /// Moves a VM.
     Migrate,
+    /// Sends an image without a VM.
+    Push,
 }
 
 impl JobKind {
@@ -311,6 +340,7 @@ impl JobKind {
         match self {
             Self::Seed => "seed",
             Self::Migrate => "migration",
+            Self::Push => "push",
         }
     }
 }
@@ -320,6 +350,7 @@ impl fmt::Display for JobKind {
         f.write_str(match self {
             Self::Seed => "seed",
             Self::Migrate => "migrate",
+            Self::Push => "push",
         })
     }
 }

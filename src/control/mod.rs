@@ -27,8 +27,8 @@ pub use line::{LineError, read_line, write_line};
 pub use longhaul_transport::BitRate;
 pub use message::{
     Adopted, Answer, Checked, Event, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary,
-    MoveRequest, OwnIdentity, PeerSummary, Reply, Request, Response, Status, VmDetail, VmSource,
-    VmSummary,
+    MoveRequest, OwnIdentity, PeerSummary, PushRequest, Reply, Request, Response, Status, VmDetail,
+    VmSource, VmSummary,
 };
 pub use metrics::{METRICS_MEDIA_TYPE, Metric, MetricKind, Sample, metrics_text};
 

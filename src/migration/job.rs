@@ -30,6 +30,21 @@ pub struct Job {
     pub options: MoveOptions,
 }
 
+/// An image that an operator wants sent without a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageJob {
+    /// The image here.
+    pub image: PathBuf,
+    /// The peer's name at this host.
+    pub peer: String,
+    /// The peer's pool that it is for.
+    pub pool: String,
+    /// Its file name there.
+    pub file: String,
+    /// An image of that name may be replaced.
+    pub replace: bool,
+}
+
 /// How to move.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MoveOptions {

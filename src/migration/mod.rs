@@ -33,6 +33,7 @@ mod memory;
 pub mod message;
 mod meter;
 mod points;
+mod push;
 pub mod report;
 pub mod seeds;
 mod settle;
@@ -42,6 +43,7 @@ mod target;
 
 pub use attempts::Attempts;
 pub use error::{MigrationError, chain};
+pub use push::push;
 pub use report::{Completed, Phase, Progress};
 pub use settle::recover;
 pub use source::{obstacles, run};

@@ -20,6 +20,7 @@ use super::journal::Record;
 use super::memory::{self, MemoryReceiver, MemoryWork};
 use super::message::{JobId, MAX_DISKS, Open, Purpose, ToSource, ToTarget, Token};
 use super::points;
+use super::push;
 use super::settle::{self, Arriving};
 use crate::hypervisor::{DiskInfo, VmSpec};
 
@@ -61,6 +62,13 @@ pub async fn serve(
                 Ok(false) => return (last, Ok(())),
                 Err(error) => Err(error),
             }
+        }
+        ToTarget::OpenImage(open) => {
+            let arriving =
+                push::receive(site, attempts, peer, &open, session, &control, &mut messages);
+            let outcome = arriving.await;
+            last.talk = Some((None, control, messages));
+            return (last, outcome);
         }
         ToTarget::Open(open) => match admit(site, attempts, peer, &open).await {
             Ok((Some(entered), spec, infos)) => {
