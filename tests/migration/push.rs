@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use longhaul_bench::netns::Side;
 use serde_json::Value;
@@ -30,18 +30,18 @@ fn image(stage: &Stage, seed: u64) -> PathBuf {
     path
 }
 
-fn settle(path: &PathBuf) {
+fn settle(path: &Path) {
     let hour_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
     File::options().write(true).open(path).unwrap().set_modified(hour_ago).unwrap();
 }
 
-fn push(stage: &Stage, image: &PathBuf, more: &[&str]) -> Result<Value, String> {
+fn push(stage: &Stage, image: &Path, more: &[&str]) -> Result<Value, String> {
     let arguments = [&["push", image.to_str().unwrap(), "b:golden.raw"][..], more].concat();
     let answer = stage.pair.ask(Side::A, &arguments).map_err(|error| format!("{error:#}"))?;
     Ok(answer["completed"].clone())
 }
 
-fn assert_arrived(stage: &Stage, image: &PathBuf) {
+fn assert_arrived(stage: &Stage, image: &Path) {
     let there = stage.pair.images(Side::B).join("golden.raw");
     assert!(fs::read(image).unwrap() == fs::read(there).unwrap(), "{}", stage.logs());
     let left = files(&stage.pair.images(Side::B));
