@@ -30,6 +30,7 @@ pub mod level;
 pub mod offer;
 pub mod pagebatch;
 pub mod pages;
+pub mod places;
 pub mod recipe;
 pub mod summary;
 pub mod zeros;
