@@ -67,6 +67,7 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         seeds: SeedBook::open(&state_dir.join("seeds.json")),
         hooks: Arc::new(OperatorHooks(parts.hooks)),
         scratch: state_dir.join("scratch"),
+        index: None,
         link_patience: parts.config.limits.link_patience,
         doubts: Doubts::default(),
         turn: Arc::default(),

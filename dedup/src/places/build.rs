@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     blocks::Scan,
-    recipe::{Recipe, RecipeEntry, Sample},
+    recipe::{Claim, RecipeEntry, Sample},
 };
 
 /// Entries that are sorted in memory: 16 MiB. Tests want several spills of few entries.
@@ -65,13 +65,20 @@ impl Builder {
         scan.samples().try_for_each(|sample| self.add_sample(&sample))
     }
 
-    /// The image holds what its recipe lists.
+    /// The image holds what its recipe claims.
     ///
     /// # Errors
     /// What was gathered cannot be spilled.
-    pub fn add_recipe(&mut self, recipe: &Recipe) -> Result<(), PlacesError> {
-        recipe.entries().try_for_each(|piece| self.add_piece(&piece))?;
-        recipe.samples().try_for_each(|sample| self.add_sample(&sample))
+    pub fn add_claim(&mut self, claim: &Claim) -> Result<(), PlacesError> {
+        match claim {
+            Claim::Piece(piece) => self.add_piece(piece),
+            Claim::Sample(sample) => self.add_sample(sample),
+        }
+    }
+
+    /// Whether nothing was gathered.
+    pub fn is_empty(&self) -> bool {
+        self.buffer.is_empty() && self.spilled.is_empty()
     }
 
     fn add(&mut self, key: u64, place: Place) -> Result<(), PlacesError> {

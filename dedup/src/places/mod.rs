@@ -27,7 +27,9 @@ use std::{io, path::PathBuf};
 
 pub use build::Builder;
 pub use check::Checked;
-pub use format::{Entry, Indexed, Manifest, ManifestError, RunFacts, decode_page, decode_run_header};
+pub use format::{
+    Entry, Indexed, Manifest, ManifestError, RunFacts, decode_page, decode_run_header,
+};
 pub use store::{Places, Snapshot, Summary, Wanted};
 
 use crate::{
@@ -95,7 +97,10 @@ pub enum PlacesError {
     TooManyImages,
 }
 
-fn io_error(path: &std::path::Path, doing: &'static str) -> impl FnOnce(io::Error) -> PlacesError + use<> {
+fn io_error(
+    path: &std::path::Path,
+    doing: &'static str,
+) -> impl FnOnce(io::Error) -> PlacesError + use<> {
     let path = path.to_owned();
     move |source| PlacesError::Io { path, doing, source }
 }

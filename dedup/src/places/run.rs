@@ -14,9 +14,7 @@ use std::{
 
 use super::{
     MAX_PLACES,
-    format::{
-        self, Entry, FENCE_KEYS, MAX_RUN_ENTRIES, PAGE_BYTES, PAGE_ENTRIES, Page, RunFacts,
-    },
+    format::{self, Entry, FENCE_KEYS, MAX_RUN_ENTRIES, PAGE_BYTES, PAGE_ENTRIES, Page, RunFacts},
 };
 
 /// Pages that a merge reads at once from each of its runs: 64 KiB.

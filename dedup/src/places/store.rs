@@ -369,7 +369,8 @@ impl Manifest {
 
     /// Forgets dropped images of which no entry is left: their numbers are free.
     fn forget_unused(&mut self) {
-        let used: BTreeSet<u16> = self.runs.iter().flat_map(|run| run.images.keys()).copied().collect();
+        let used: BTreeSet<u16> =
+            self.runs.iter().flat_map(|run| run.images.keys()).copied().collect();
         self.images.retain(|number, image| !image.is_dropped() || used.contains(number));
     }
 
@@ -404,11 +405,16 @@ impl Snapshot {
         self.manifest.images.get(&number).filter(|image| !image.is_dropped())
     }
 
+    /// All images by their numbers.
+    pub fn numbered(&self) -> impl Iterator<Item = (u16, &Indexed)> + '_ {
+        let kept = self.manifest.images.iter().filter(|(_, image)| !image.is_dropped());
+        kept.map(|(number, image)| (*number, image))
+    }
+
     /// All images, and how many entries each has.
     pub fn images(&self) -> impl Iterator<Item = (&Indexed, u64)> + '_ {
-        let kept = self.manifest.images.iter().filter(|(_, image)| !image.is_dropped());
-        kept.map(|(number, image)| {
-            let of_image = self.manifest.runs.iter().filter_map(|run| run.images.get(number));
+        self.numbered().map(|(number, image)| {
+            let of_image = self.manifest.runs.iter().filter_map(move |run| run.images.get(&number));
             (image, of_image.sum())
         })
     }

@@ -27,7 +27,11 @@ fn piece(n: u64) -> RecipeEntry {
     RecipeEntry { offset: n * 65536, len: 65536, id: ChunkId::of(&n.to_le_bytes()) }
 }
 
-fn add(places: &Places, name: &str, pieces: impl IntoIterator<Item = u64>) -> Result<(), PlacesError> {
+fn add(
+    places: &Places,
+    name: &str,
+    pieces: impl IntoIterator<Item = u64>,
+) -> Result<(), PlacesError> {
     let mut builder = places.builder();
     for n in pieces {
         builder.add_piece(&piece(n))?;
@@ -72,10 +76,10 @@ fn what_an_image_holds_is_found_again_after_a_restart() {
         let snapshot = places.snapshot();
         for piece in &scan.pieces {
             let place = snapshot.lookup(piece_key(&piece.id))[0];
-            assert_eq!((place.offset, u32::from(place.blocks) * 4096), (
-                piece.offset,
-                piece.len.next_multiple_of(4096)
-            ));
+            assert_eq!(
+                (place.offset, u32::from(place.blocks) * 4096),
+                (piece.offset, piece.len.next_multiple_of(4096))
+            );
             assert_eq!(snapshot.image(place.image).unwrap().identity, identity(1));
         }
         for Sample { offset, id } in scan.samples() {

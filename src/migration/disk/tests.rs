@@ -24,6 +24,7 @@ use tempfile::TempDir;
 use tokio::sync::oneshot;
 
 use super::super::coding::Coding;
+use super::super::known::Known;
 use super::super::link::Link;
 use super::super::message::{BulkHeader, ToSource};
 use super::super::meter::Meter;
@@ -32,6 +33,8 @@ use super::{DiskReceiver, DiskSender, How, ImageRecord};
 use crate::hypervisor::{
     DiskImage, DiskInfo, DiskView, Extent, HypervisorError, ImageFile, IncomingDisk,
 };
+
+mod index;
 
 const MIB: usize = 1 << 20;
 
@@ -171,7 +174,7 @@ impl Ends {
     async fn receiver(
         &self,
         bytes: u64,
-        known: Vec<ImageFile>,
+        known: impl Into<Known>,
     ) -> (DiskReceiver, Arc<Mutex<Vec<(u64, u64)>>>) {
         let fresh = !self.image().exists();
         let mut options = File::options();
@@ -182,7 +185,10 @@ impl Ends {
         let image = Box::new(FileImage { file, bytes, written: Arc::clone(&written) });
         let incoming = IncomingDisk { image, path: self.image(), fresh };
         let info = DiskInfo { id: "disk".into(), bytes };
-        (DiskReceiver::open("peer", vec![info], vec![incoming], known).await.unwrap(), written)
+        (
+            DiskReceiver::open("peer", vec![info], vec![incoming], known.into()).await.unwrap(),
+            written,
+        )
     }
 
     /// Sends a disk, once; the target keeps it as a complete seed.
@@ -190,7 +196,7 @@ impl Ends {
         self,
         guest: &Guest,
         how: How,
-        known: Vec<ImageFile>,
+        known: impl Into<Known>,
         forgetful: bool,
     ) -> (Self, Round) {
         let (mut receiver, written) = self.receiver(guest.info.bytes, known).await;
