@@ -1,11 +1,11 @@
 //! Blocks and pieces, hashing, recipes, chunk index, compression and page differences.
 //!
 //! Invariant: pure and synchronous. Nothing here knows a runtime, a network, a clock or a
-//! hypervisor, and only [`recipe::RecipeLog`] touches a file. Bytes from a peer or a disk never
+//! hypervisor, and only [`recipe::RecipeLog`] and [`places::Places`] touch files. Bytes from a peer or a disk never
 //! panic a decoder, and never make it allocate more than a limit with a name.
 //!
 //! ```text
-//! disk --> zeros --> blocks --> chunk --> recipe, index      what is where
+//! disk --> zeros --> blocks --> chunk --> recipe, index, places      what is where
 //!                               |
 //!                               v
 //!             summary --> offer --> bundle --> compress     what crosses the WAN
@@ -15,8 +15,9 @@
 //! memory pages --> pages, delta --> pagebatch -+-- level   how hard to try
 //! ```
 //!
-//! Reading order: [`id`], [`blocks`], [`chunk`], [`recipe`], [`index`], [`summary`], [`offer`],
-//! [`grains`], [`patch`], [`bundle`] for disks; [`pages`], [`delta`], [`pagebatch`] for memory; [`compress`] and [`level`] for both.
+//! Reading order: [`id`], [`blocks`], [`chunk`], [`recipe`], [`index`], [`places`], [`summary`],
+//! [`offer`], [`grains`], [`patch`], [`bundle`] for disks; [`pages`], [`delta`], [`pagebatch`] for
+//! memory; [`compress`] and [`level`] for both.
 //!
 #![doc = include_str!("../FORMAT.md")]
 
@@ -34,6 +35,7 @@ pub mod offer;
 pub mod pagebatch;
 pub mod pages;
 pub mod patch;
+pub mod places;
 pub mod recipe;
 pub mod summary;
 pub mod zeros;

@@ -8,6 +8,7 @@
 //! entry is used, unless [`Recipe::complete`] holds and the image's identity still equals it: that
 //! mark is always the last thing in the log, and made only after both files were synced.
 
+mod claims;
 mod format;
 mod log;
 
@@ -15,6 +16,7 @@ use std::{
     collections::BTreeMap, fs::Metadata, io, io::Read, ops::Range, os::unix::fs::MetadataExt,
 };
 
+pub use claims::{Claim, Claims};
 pub use format::HeaderError;
 use format::{HEADER_BYTES, Record};
 pub use log::{RecipeError, RecipeLog};
@@ -251,21 +253,8 @@ impl Recipe {
         self.complete
     }
 
-    /// Whether everything that a record names lies within the image.
     fn admits(&self, record: &Record) -> bool {
-        match record {
-            Record::Entries(entries) => entries
-                .iter()
-                .all(|entry| entry.range().is_some_and(|range| range.end <= self.image_bytes)),
-            Record::Samples(samples) => {
-                samples.iter().all(|sample| sample.offset < self.image_bytes)
-            }
-            Record::Grains(grains) => grains.iter().all(|grain| grain.offset < self.image_bytes),
-            Record::Void(ranges) | Record::Zeros(ranges) => {
-                ranges.iter().all(|range| range.start < range.end && range.end <= self.image_bytes)
-            }
-            Record::Complete(_) => true,
-        }
+        admits(self.image_bytes, record)
     }
 
     /// Takes in an admitted record of `bytes` bytes.
@@ -360,5 +349,19 @@ impl Recipe {
                 self.zeros.insert(range.end, end);
             }
         }
+    }
+}
+
+/// Whether everything that a record names lies within an image of `image_bytes`.
+fn admits(image_bytes: u64, record: &Record) -> bool {
+    let within = |range: &Range<u64>| range.start < range.end && range.end <= image_bytes;
+    match record {
+        Record::Entries(entries) => {
+            entries.iter().all(|entry| entry.range().is_some_and(|range| within(&range)))
+        }
+        Record::Samples(samples) => samples.iter().all(|sample| sample.offset < image_bytes),
+        Record::Grains(grains) => grains.iter().all(|grain| grain.offset < image_bytes),
+        Record::Void(ranges) | Record::Zeros(ranges) => ranges.iter().all(within),
+        Record::Complete(_) => true,
     }
 }

@@ -10,10 +10,13 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use longhaul_transport::{Endpoint, Fingerprint};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::admission::Wish;
 use super::caps::Caps;
+use super::indexing::ImageIndex;
 use super::jobs::{Follow, Jobs, MoveOptions, Mover};
 use super::links::Links;
 use super::metrics::{self, Facts};
@@ -21,8 +24,8 @@ use super::peers::{Peer, PeerBook, PeersError, full_address};
 use super::registry::Registry;
 use crate::config::{Config, Problem, valid_downtime_limit};
 use crate::control::{
-    Checked, Failure, FailureKind, JobKind, JobOutcome, JobSummary, Metric, MoveRequest,
-    OwnIdentity, PeerSummary, PushRequest, Reply, Request, Status, VmSource, chain,
+    Checked, Event, Failure, FailureKind, IndexRequest, JobKind, JobOutcome, JobSummary, Metric,
+    MoveRequest, OwnIdentity, PeerSummary, PushRequest, Reply, Request, Status, VmSource, chain,
 };
 use crate::migration::handover::Conflict;
 use crate::migration::job::ImageJob;
@@ -53,6 +56,7 @@ pub(crate) struct Desk {
     pub(crate) mover: Arc<dyn Mover>,
     pub(crate) caps: Arc<Caps>,
     pub(crate) links: Arc<Links>,
+    pub(crate) index: Arc<ImageIndex>,
     /// When this agent started.
     pub(crate) started: Timestamp,
     pub(crate) last_metrics: tokio::sync::Mutex<Option<(Instant, Arc<Vec<Metric>>)>>,
@@ -64,6 +68,16 @@ pub(crate) enum Reaction {
     Answer(Box<Result<Reply, Failure>>),
     /// A job that is worth watching.
     Follow(Follow),
+    /// Work that is no job, and tells how far it is.
+    Work(Work),
+}
+
+/// Work under way.
+pub(crate) struct Work {
+    /// How far it is; closed when it is done.
+    pub(crate) events: mpsc::Receiver<Event>,
+    /// What came of it.
+    pub(crate) done: JoinHandle<Result<Reply, Failure>>,
 }
 
 impl Desk {
@@ -73,9 +87,22 @@ impl Desk {
             Request::Migrate(wish) => self.start(JobKind::Migrate, wish).await,
             Request::Push(wish) => self.push(wish),
             Request::Watch { vm } => self.jobs.follow(&vm).map(Reaction::Follow),
+            Request::Index(wish) => Ok(Reaction::Work(self.index(wish))),
             other => Ok(Reaction::Answer(Box::new(self.answer(other).await))),
         };
         followed.unwrap_or_else(|failure| Reaction::Answer(Box::new(Err(failure))))
+    }
+
+    /// Works on the index, to its end even if nobody watches any more.
+    fn index(&self, wish: IndexRequest) -> Work {
+        let (tell, events) = mpsc::channel(1);
+        let index = Arc::clone(&self.index);
+        let done = tokio::task::spawn_blocking(move || {
+            // A watcher who is busy with the last event misses this one.
+            let tell = |progress| drop(tell.try_send(Event::Indexing(progress)));
+            index.work(&wish, tell).map(Box::new).map(Reply::Index)
+        });
+        Work { events, done }
     }
 
     async fn answer(&self, request: Request) -> Result<Reply, Failure> {
@@ -132,8 +159,12 @@ impl Desk {
                 self.mover.resolve(&vm, runs).await.map(Reply::Said)
             }
             // Answered by `react`.
-            Request::Seed(_) | Request::Migrate(_) | Request::Push(_) | Request::Watch { .. } => {
-                Err(Failure::refused("this request starts or follows a job", ""))
+            Request::Seed(_)
+            | Request::Migrate(_)
+            | Request::Push(_)
+            | Request::Watch { .. }
+            | Request::Index(_) => {
+                Err(Failure::refused("this request starts or follows what takes a while", ""))
             }
         }
     }

@@ -14,6 +14,7 @@ use super::Parts;
 use super::cancel::CancelToken;
 use super::caps::Caps;
 use super::hooks::{self, Hooks, Moment, Occasion};
+use super::indexing::ImageIndex;
 use super::jobs::{Job, Mover};
 use super::links::Links;
 use super::peers::{Peer, PeerBook};
@@ -47,6 +48,7 @@ pub struct MigrationMover {
     peers: Arc<PeerBook>,
     caps: Arc<Caps>,
     links: Arc<Links>,
+    index: Arc<ImageIndex>,
     staging_bytes: u64,
 }
 
@@ -67,6 +69,7 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         seeds: SeedBook::open(&state_dir.join("seeds.json")),
         hooks: Arc::new(OperatorHooks(parts.hooks)),
         scratch: state_dir.join("scratch"),
+        index: parts.index.places(),
         link_patience: parts.config.limits.link_patience,
         doubts: Doubts::default(),
         turn: Arc::default(),
@@ -78,6 +81,7 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         peers: parts.peers,
         caps: parts.caps,
         links: parts.links,
+        index: parts.index,
         staging_bytes: parts.config.limits.memory.0 / STAGING_SHARE,
     };
     for history in mover.site.journals.unfinished()? {
@@ -150,7 +154,10 @@ impl MigrationMover {
         let mut cuts = 0;
         loop {
             let error = match self.attempt(job, &order, &dial, progress, cancel).await {
-                Ok(completed) => return Ok(completed),
+                Ok(completed) => {
+                    self.index.take_records();
+                    return Ok(completed);
+                }
                 Err(error) => error,
             };
             // Nobody waits for a seed: a link that comes back is good enough. And a peer whose agent was
@@ -285,6 +292,7 @@ impl Mover for MigrationMover {
                 tracing::warn!(peer = peer.name, error = chain(&error), "a session ended badly");
                 self.recover_left(left);
             }
+            self.index.take_records();
             last.hear_out(&self.site, &peer.name).await;
             self.recover_left(left);
         };

@@ -185,6 +185,19 @@ Example:
   longhaul limit --rate \"mon-fri 08:00-20:00=20M, sat,sun=unlimited, else=200M\"
   longhaul limit db1 --rate unlimited --class seed=20M")]
     Limit(LimitArgs),
+    /// Show, build or check the index of what the images here hold
+    #[command(after_help = "\
+What an arriving disk has in common with images in this host's pools is copied from them instead of
+being sent. The index says where to look. Images that Longhaul wrote or sent go into it by themselves;
+`build` takes in any other raw image, by reading it once: one that did not change is not read again.
+`check` reads the index and leaves out what is damaged; `build` then reads the images in question.
+
+Example:
+  longhaul index                    # what it tells of, and how much is stale
+  longhaul index build              # all pools
+  longhaul index build default /var/lib/longhaul/images/db1.raw
+  longhaul index check")]
+    Index(IndexArgs),
     /// Stop the job that moves a VM; the guest runs on here
     #[command(after_help = "\
 What the target has received stays there, so the next try is short.
@@ -206,6 +219,29 @@ Example:
   longhaul resolve db1                # what is known
   longhaul resolve db1 --runs here    # asks for the VM's name to confirm")]
     Resolve(ResolveArgs),
+}
+
+/// Arguments of `index`.
+#[derive(Debug, Args)]
+pub struct IndexArgs {
+    /// What to do; without it the index is shown.
+    #[command(subcommand)]
+    pub command: Option<IndexCommand>,
+}
+
+/// Commands about the index.
+#[derive(Debug, Subcommand)]
+pub enum IndexCommand {
+    /// Take images in that it does not know as they are, and drop those that are gone
+    #[command(after_help = "Example:\n  longhaul index build default")]
+    Build {
+        /// Pools by name or images by path [default: all pools]
+        #[arg(value_name = "POOL|IMAGE")]
+        subjects: Vec<String>,
+    },
+    /// Read all of it and leave out what is damaged
+    #[command(after_help = "Example:\n  longhaul index check")]
+    Check,
 }
 
 /// Arguments of `resolve`.

@@ -6,6 +6,7 @@
 //! happened, what state the VM is in, what to do.
 
 pub mod args;
+mod index;
 mod limit;
 mod moves;
 mod pair;
@@ -114,6 +115,7 @@ pub async fn run(global: &Global, command: Command) -> Exit {
         Command::Status => show::status(global).await,
         Command::Metrics => show::metrics(global).await,
         Command::Limit(args) => limit::run(global, args).await,
+        Command::Index(args) => index::run(global, args).await,
         // These two are the agent itself; `main` starts it.
         Command::Init(_) | Command::Agent(_) => Err(CommandError::Mismatch),
     };

@@ -8,6 +8,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
+use super::index::{IndexProgress, IndexRequest, IndexSummary};
 use super::limits::{JobLimits, LimitRequest, Limits};
 use super::metrics::Metric;
 use crate::calendar::RateCalendar;
@@ -95,6 +96,8 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
+    /// Show, build or check the index of images.
+    Index(IndexRequest),
     /// Change caps, or ask which hold.
     Limit(LimitRequest),
     /// Stop the job that moves a VM; the guest runs on here.
@@ -194,6 +197,8 @@ pub enum Event {
     Admitted(JobSummary),
     /// Where the job is.
     Progress(Progress),
+    /// Where the work on the index is.
+    Indexing(IndexProgress),
     /// Something an operator wants to know.
     Note(String),
 }
@@ -237,6 +242,8 @@ pub enum Reply {
     Started(JobSummary),
     /// A job that reached its end.
     Completed(Box<Completed>),
+    /// The index of images.
+    Index(Box<IndexSummary>),
     /// The caps that hold.
     Limits(Box<Limits>),
     /// All numbers.

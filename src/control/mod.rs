@@ -14,6 +14,7 @@
 
 mod client;
 mod failure;
+mod index;
 mod limits;
 mod line;
 mod message;
@@ -22,6 +23,7 @@ mod metrics;
 pub use crate::migration::chain;
 pub use client::{Call, CallError, call};
 pub use failure::{Failure, FailureKind};
+pub use index::{IndexProgress, IndexRequest, IndexSummary, IndexWork, IndexedImage, IndexedState};
 pub use limits::{JobLimits, Limit, LimitChange, LimitRequest, Limits};
 pub use line::{LineError, read_line, write_line};
 pub use longhaul_transport::BitRate;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use longhaul_dedup::places::Places;
 use longhaul_transport::Session;
 use tokio::sync::Mutex;
 
@@ -82,6 +83,8 @@ pub struct Site {
     pub hooks: Arc<dyn Hooks>,
     /// A folder for files without a name.
     pub scratch: PathBuf,
+    /// What its images hold, if that can be kept.
+    pub index: Option<Arc<Places>>,
     /// How long an attempt waits for a link that is down, before the hand-over.
     pub link_patience: Duration,
     /// Its hand-overs that are not settled.

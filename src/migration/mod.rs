@@ -28,6 +28,7 @@ pub mod handover;
 mod items;
 pub mod job;
 pub mod journal;
+pub mod known;
 mod link;
 mod memory;
 pub mod message;

@@ -28,6 +28,7 @@ use super::disk::{DiskReceiver, DiskSender, How, ImageRecord};
 use super::error::{MigrationError, chain};
 use super::items::{self, DiskWork, QUEUED_ITEMS_MAX, Received, queue};
 use super::job::{ImageJob, Site};
+use super::known::Known;
 use super::link::Link;
 use super::message::{JobId, OpenImage, ToSource, ToTarget};
 use super::meter::Meter;
@@ -216,6 +217,7 @@ impl Arrival<'_> {
             take_over_record(old, &incoming.disk.path);
         }
         let known = self.site.host.known_images().await?;
+        let known = Known::of(known, self.site.index.clone()).await;
         let info = DiskInfo { id: "image".to_owned(), bytes };
         DiskReceiver::open(self.peer, vec![info], vec![incoming.disk], known).await
     }

@@ -17,6 +17,7 @@ use super::handover::{TargetEvent, TargetState};
 use super::items::{self, DiskWork, QUEUED_ITEMS_MAX, Received, queue};
 use super::job::Site;
 use super::journal::Record;
+use super::known::Known;
 use super::memory::{self, MemoryReceiver, MemoryWork};
 use super::message::{JobId, MAX_DISKS, Open, Purpose, ToSource, ToTarget, Token};
 use super::points;
@@ -256,6 +257,7 @@ impl<'a> Arrival<'a> {
     ) -> Result<(), MigrationError> {
         let incoming = self.site.host.incoming_disks(self.spec, &infos).await?;
         let known = self.site.host.known_images().await?;
+        let known = Known::of(known, self.site.index.clone()).await;
         let disks = DiskReceiver::open(self.peer, infos, incoming, known).await?;
         let at_generation: Vec<bool> = self
             .since

@@ -1,10 +1,12 @@
 //! What lies at this host and may be part of what arrives: pieces and blocks of the arriving images
-//! themselves and of others beside them.
+//! themselves, kept in memory, and of others beside them, found by the index.
 //!
 //! Invariant: everything in here is a hint. What is given out was read just now; whoever uses it
 //! compares hashes, and a piece is written only by its whole id.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io::BufReader;
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -12,10 +14,11 @@ use bytes::Bytes;
 use longhaul_dedup::blocks::{BLOCK_BYTES, Scan, ShortId, hash_blocks};
 use longhaul_dedup::grains::GrainId;
 use longhaul_dedup::id::ChunkId;
-use longhaul_dedup::index::{ChunkIndex, Location};
+use longhaul_dedup::index::{ChunkIndex, Insertion, Location};
 use longhaul_dedup::pages::PageHash;
 use longhaul_dedup::patch::Base;
-use longhaul_dedup::recipe::{GrainSample, Recipe, RecipeEntry, RecipeLog, Sample};
+use longhaul_dedup::places::{Place, Snapshot, block_key, piece_key};
+use longhaul_dedup::recipe::{Claim, Claims, GrainSample, Recipe, RecipeEntry, RecipeLog, Sample};
 
 use super::assemble::Slot;
 use super::receive::Disk;
@@ -83,6 +86,10 @@ pub(super) struct Finder {
     grains: ChunkIndex,
     arriving: usize,
     others: Vec<Other>,
+    /// What the images beside hold.
+    places: Snapshot,
+    /// The images' numbers here, by those that the index gives them.
+    numbers: HashMap<u16, u16>,
     windows: VecDeque<Window>,
 }
 
@@ -94,14 +101,23 @@ fn key(id: &[u8]) -> ChunkId {
 }
 
 impl Finder {
-    /// Knows nothing yet of `arriving` disks.
-    pub(super) fn new(arriving: usize) -> Self {
+    /// Knows nothing yet of `arriving` disks, and of others what the index tells.
+    pub(super) fn new(arriving: usize, places: Snapshot) -> Self {
+        let mut others = Vec::new();
+        let mut numbers = HashMap::new();
+        for (number, image) in places.numbered() {
+            let Ok(here) = u16::try_from(arriving + others.len()) else { break };
+            numbers.insert(number, here);
+            others.push(Other { path: image.path.clone(), bytes: image.bytes });
+        }
         Self {
             pieces: ChunkIndex::with_budget(PIECES_BYTES_MAX),
             samples: ChunkIndex::with_budget(SAMPLES_BYTES_MAX),
             grains: ChunkIndex::with_budget(GRAINS_BYTES_MAX),
             arriving,
-            others: Vec::new(),
+            others,
+            places,
+            numbers,
             windows: VecDeque::new(),
         }
     }
@@ -113,6 +129,26 @@ impl Finder {
         }
         self.add_samples(number, recipe.samples());
         self.add_grains(number, recipe.grains());
+    }
+
+    /// Takes in the grains of the images that the index tells of, from their records: as many as there
+    /// is memory for.
+    pub(super) fn add_grains_of_others(&mut self) {
+        for other in 0..self.others.len() {
+            let number = (self.arriving + other) as u16;
+            let record = File::open(RecipeLog::path_for(&self.others[other].path)).ok();
+            let record = record.map(|file| BufReader::with_capacity(1 << 20, file));
+            let Some(claims) = record.and_then(|record| Claims::read(record).ok()) else {
+                continue;
+            };
+            for claim in claims.map_while(Result::ok) {
+                if let Claim::Grain(grain) = claim
+                    && self.add_grain(number, &grain) == Insertion::Full
+                {
+                    return;
+                }
+            }
+        }
     }
 
     /// Takes in an image beside those that arrive, by its record.
@@ -152,10 +188,14 @@ impl Finder {
     /// An image holds these grains.
     pub(super) fn add_grains(&mut self, number: u16, grains: impl Iterator<Item = GrainSample>) {
         for grain in grains {
-            // Its length is not asked for; none would be an empty place.
-            let location = Location { image: number, offset: grain.offset, len: 1 };
-            self.grains.insert(&key(grain.id.as_bytes()), location);
+            self.add_grain(number, &grain);
         }
+    }
+
+    fn add_grain(&mut self, number: u16, grain: &GrainSample) -> Insertion {
+        // Its length is not asked for; none would be an empty place.
+        let location = Location { image: number, offset: grain.offset, len: 1 };
+        self.grains.insert(&key(grain.id.as_bytes()), location)
     }
 
     /// An image was read, and this was found.
@@ -168,15 +208,51 @@ impl Finder {
 
     /// Whether blocks can be found at all, but for the same place.
     pub(super) fn has_blocks(&self) -> bool {
-        !self.samples.is_empty()
+        !self.samples.is_empty() || !self.places.is_empty()
+    }
+
+    /// What the index has for each of these hashes. It may have to read.
+    async fn places(&self, keys: Vec<u64>) -> Vec<Vec<Place>> {
+        if self.places.is_empty() || keys.is_empty() {
+            return vec![Vec::new(); keys.len()];
+        }
+        let places = self.places.clone();
+        let looking = tokio::task::spawn_blocking(move || {
+            keys.into_iter().map(|key| places.lookup(key)).collect()
+        });
+        looking.await.expect("looking into the index does not panic")
+    }
+
+    /// Where a place of the index is, by the numbers here.
+    fn located(&self, place: &Place, len: u32) -> Option<Location> {
+        let image = *self.numbers.get(&place.image)?;
+        Some(Location { image, offset: place.offset, len })
+    }
+
+    /// Where the index has the sampled ones of these blocks.
+    async fn sampled(&self, ids: &[ShortId]) -> HashMap<ShortId, Vec<(u16, u64)>> {
+        let sampled: Vec<ShortId> = ids.iter().copied().filter(|id| id.is_sampled()).collect();
+        let places = self.places(sampled.iter().copied().map(block_key).collect()).await;
+        let located = places.into_iter().map(|places| {
+            let blocks = places.iter().filter(|place| place.blocks == 0);
+            let located = blocks.filter_map(|place| self.located(place, BLOCK_BYTES as u32));
+            located.map(|found| (found.image, found.offset)).collect()
+        });
+        sampled.into_iter().zip(located).collect()
     }
 
     /// Places where a piece may be.
-    pub(super) fn pieces(&self, entry: &RecipeEntry) -> Vec<Location> {
-        self.pieces.lookup(&entry.id).filter(|found| found.len == entry.len).collect()
+    pub(super) async fn pieces(&self, entry: &RecipeEntry) -> Vec<Location> {
+        let of_length = self.pieces.lookup(&entry.id).filter(|found| found.len == entry.len);
+        let mut found: Vec<Location> = of_length.collect();
+        let places = self.places(vec![piece_key(&entry.id)]).await;
+        let places = places.iter().flatten();
+        let like = places.filter(|place| usize::from(place.blocks) == entry.blocks());
+        found.extend(like.filter_map(|place| self.located(place, entry.len)));
+        found
     }
 
-    /// A piece is not where it was said to be.
+    /// A piece is not where it was said to be. What the index says stays until its image is read anew.
     pub(super) fn forget(&mut self, id: &ChunkId, location: &Location) {
         self.pieces.forget(id, location);
     }
@@ -272,6 +348,7 @@ impl Finder {
         let mut slots = vec![Slot::Missing; ids.len()];
         let place = |block: usize| entry.offset + (block * BLOCK_BYTES) as u64;
         let fresh = disks[usize::from(number)].fresh;
+        let sampled = self.sampled(ids).await;
         for block in 0..ids.len() {
             let (id, len_here) = (ids[block], entry.block_len(block));
             if !fresh {
@@ -285,6 +362,7 @@ impl Finder {
             if id.is_sampled() {
                 let found = self.samples.lookup(&key(id.as_bytes()));
                 places.extend(found.map(|found| (found.image, found.offset)));
+                places.extend(sampled.get(&id).into_iter().flatten());
             }
             places.extend(shifts.iter().filter_map(|shift| shift.of_place(place(block))));
             for (image, offset) in places {

@@ -24,13 +24,14 @@ use longhaul_dedup::summary::{Summaries, Summary, parcel_range};
 use longhaul_dedup::zeros::{ZERO_GRANULARITY, split_zero_runs};
 
 use super::super::error::MigrationError;
+use super::super::known::Known;
 use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
 use super::PARCELS_UNDER_WAY;
 use super::assemble::{Assemblies, Made, MadePiece, Slot};
 use super::find::{Finder, Shift};
 use super::layout::Layout;
 use super::record;
-use crate::hypervisor::{DiskImage, DiskInfo, ImageFile, IncomingDisk};
+use crate::hypervisor::{DiskImage, DiskInfo, IncomingDisk};
 
 /// Pieces that are waited for at several places; beyond it a repeated piece is asked for again.
 const WAITING_MAX: usize = 1 << 16;
@@ -86,9 +87,10 @@ impl DiskReceiver {
         peer: &str,
         infos: Vec<DiskInfo>,
         incoming: Vec<IncomingDisk>,
-        known: Vec<ImageFile>,
+        known: Known,
     ) -> Result<Self, MigrationError> {
-        let mut finder = Finder::new(incoming.len());
+        let mut finder = Finder::new(incoming.len(), known.places);
+        finder.add_grains_of_others();
         let mut disks = Vec::new();
         for (number, (info, incoming)) in infos.into_iter().zip(incoming).enumerate() {
             let recipe = RecipeLog::path_for(&incoming.path);
@@ -113,7 +115,7 @@ impl DiskReceiver {
                 fresh: incoming.fresh,
             });
         }
-        for image in known {
+        for image in known.images {
             if !disks.iter().any(|disk| disk.path == image.path) {
                 finder.add_other(&image);
             }
@@ -364,7 +366,7 @@ impl DiskReceiver {
     /// Looks for a piece, or notes that it is waited for.
     async fn find(&mut self, number: u16, entry: &RecipeEntry) -> Found {
         let disk = &self.disks[usize::from(number)];
-        let mut places = self.finder.pieces(entry);
+        let mut places = self.finder.pieces(entry).await;
         // Where it has to be, first: there is nothing to write then.
         if disk.log.recipe().at(entry.offset) == Some(*entry) {
             places.retain(|place| (place.image, place.offset) != (number, entry.offset));

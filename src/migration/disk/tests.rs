@@ -23,10 +23,12 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 
+mod index;
 mod recalled;
 mod similar;
 
 use super::super::coding::Coding;
+use super::super::known::Known;
 use super::super::link::Link;
 use super::super::message::{BulkHeader, ToSource};
 use super::super::meter::Meter;
@@ -178,7 +180,7 @@ impl Ends {
     async fn receiver(
         &self,
         bytes: u64,
-        known: Vec<ImageFile>,
+        known: impl Into<Known>,
     ) -> (DiskReceiver, Arc<Mutex<Vec<(u64, u64)>>>) {
         let fresh = !self.image().exists();
         let mut options = File::options();
@@ -189,7 +191,10 @@ impl Ends {
         let image = Box::new(FileImage { file, bytes, written: Arc::clone(&written) });
         let incoming = IncomingDisk { image, path: self.image(), fresh };
         let info = DiskInfo { id: "disk".into(), bytes };
-        (DiskReceiver::open("peer", vec![info], vec![incoming], known).await.unwrap(), written)
+        (
+            DiskReceiver::open("peer", vec![info], vec![incoming], known.into()).await.unwrap(),
+            written,
+        )
     }
 
     /// Sends a disk, once; the target keeps it as a complete seed.
@@ -197,7 +202,7 @@ impl Ends {
         self,
         guest: &Guest,
         how: How,
-        known: Vec<ImageFile>,
+        known: impl Into<Known>,
         forgetful: bool,
     ) -> (Self, Round) {
         self.send_recorded(guest, how, known, forgetful, ImageRecord::new(vec![None])).await
@@ -207,7 +212,7 @@ impl Ends {
         self,
         guest: &Guest,
         how: How,
-        known: Vec<ImageFile>,
+        known: impl Into<Known>,
         forgetful: bool,
         record: ImageRecord,
     ) -> (Self, Round) {
