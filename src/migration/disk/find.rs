@@ -282,7 +282,7 @@ impl Finder {
         let reading = tokio::task::spawn_blocking(move || {
             use std::os::unix::fs::FileExt;
             let mut data = vec![0; len];
-            std::fs::File::open(path).ok()?.read_exact_at(&mut data, offset).ok()?;
+            File::open(path).ok()?.read_exact_at(&mut data, offset).ok()?;
             Some(Bytes::from(data))
         });
         reading.await.ok()?
