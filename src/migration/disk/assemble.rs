@@ -13,8 +13,6 @@ use longhaul_dedup::pages::PageHash;
 use longhaul_dedup::patch::{Base, Patch};
 use longhaul_dedup::recipe::RecipeEntry;
 
-use super::PARCELS_UNDER_WAY;
-
 /// Bytes of found blocks that are held for pieces which miss others; beyond it whole pieces are asked
 /// for.
 const FOUND_BYTES_MAX: u64 = 128 << 20;
@@ -22,7 +20,7 @@ const FOUND_BYTES_MAX: u64 = 128 << 20;
 const HELD_BYTES_MAX: u64 = FOUND_BYTES_MAX + (64 << 20);
 /// Blocks of pieces that are being put together. What was sent for older parcels may be overtaken by
 /// what is asked about newer ones.
-const BLOCKS_MAX: usize = 4 * PARCELS_UNDER_WAY * longhaul_dedup::blocks::PARCEL_BLOCKS;
+const BLOCKS_MAX: usize = 1 << 20;
 /// Different blocks on their way that others may wait for.
 const ON_WAY_MAX: usize = 1 << 18;
 
