@@ -240,11 +240,13 @@ impl Arrival<'_> {
         let (peer, session) = (self.peer.to_owned(), self.session.clone());
         self.tasks.spawn(items::sort(peer, session, disk_work.clone(), memory_work, received));
         let mut round: Option<(u32, u64)> = None;
+        let (mut is_together, mut is_over) = (false, false);
         loop {
             if let Some((number, sent)) = round
                 && *items.borrow() >= sent
             {
                 round = None;
+                is_over = true;
                 queue(&disk_work, DiskWork::RoundDone, self.peer).await?;
                 self.tell(&ToSource::RoundDone { round: number }).await?;
             }
@@ -254,7 +256,7 @@ impl Arrival<'_> {
                         Some(ToTarget::RoundEnd { round: number, items }) => {
                             round = Some((number, items));
                         }
-                        Some(ToTarget::Keep { generation }) => {
+                        Some(ToTarget::Keep { generation }) if is_over && is_together => {
                             return self.keep(generation, &disk_work).await;
                         }
                         Some(ToTarget::Abort { reason }) => {
@@ -268,7 +270,12 @@ impl Arrival<'_> {
                 () = entered.asked_to_give_way() => {
                     return Err(MigrationError::cut(self.peer, "it has given this attempt up"));
                 }
-                Some(want) = wants.recv() => self.tell(&want).await?,
+                Some(want) = wants.recv() => {
+                    if let ToSource::Lacking { pieces, .. } = &want {
+                        is_together = pieces.is_empty();
+                    }
+                    self.tell(&want).await?;
+                }
                 Ok(()) = items.changed() => {}
                 Some(ended) = self.tasks.join_next() => match ended {
                     Ok(ended) => ended?,

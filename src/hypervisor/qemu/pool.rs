@@ -211,8 +211,9 @@ async fn begin_from(old: &Path, part: &Path) -> Result<(), HypervisorError> {
 fn copy(old: &Path, part: &Path) -> io::Result<()> {
     let from = File::open(old)?;
     let to = OpenOptions::new().write(true).create_new(true).open(part)?;
+    // Durable, as its record will say of it: what a power loss leaves must not be believed.
     if rustix::fs::ioctl_ficlone(&to, &from).is_ok() {
-        return Ok(());
+        return to.sync_all();
     }
     let bytes = from.metadata()?.len();
     to.set_len(bytes)?;
@@ -226,12 +227,13 @@ fn copy(old: &Path, part: &Path) -> io::Result<()> {
             Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
             Err(error) => return Err(error.into()),
         };
-        let len = buffer.len().min(usize::try_from(bytes.saturating_sub(at)).unwrap_or(COPY_BYTES));
+        let hole = rustix::fs::seek(&from, SeekTo::Hole(at)).unwrap_or(bytes);
+        let len = COPY_BYTES.min(usize::try_from(hole.min(bytes) - at).unwrap_or(COPY_BYTES));
         from.read_exact_at(&mut buffer[..len], at)?;
         to.write_all_at(&buffer[..len], at)?;
         at += len as u64;
     }
-    Ok(())
+    to.sync_all()
 }
 
 fn io_error<'a>(doing: &'a str, path: &'a Path) -> impl Fn(io::Error) -> HypervisorError + 'a {
