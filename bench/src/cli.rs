@@ -16,7 +16,7 @@ use longhaul_bench::run::{self, Plan};
 use longhaul_bench::simulate;
 use longhaul_bench::transfer::{self, ends, summary};
 use longhaul_bench::wan::{self, Request, Spec, lab_binary};
-use longhaul_bench::{row, speed};
+use longhaul_bench::{push, row, speed};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -39,6 +39,13 @@ enum Area {
         over: Over,
         #[command(flatten)]
         plan: Box<Plan>,
+    },
+    /// Sends images to a peer through a WAN, without a guest, and writes down what it took.
+    Push {
+        #[command(flatten)]
+        over: Over,
+        #[command(flatten)]
+        plan: push::Plan,
     },
     /// What the transport and its rivals make of a WAN, without a guest.
     #[command(subcommand)]
@@ -210,6 +217,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     match Cli::parse().command {
         Area::Wan(command) => return wan_command(command),
         Area::Run { over, plan } => run::run(&plan, &over.profile()?)?,
+        Area::Push { over, plan } => push::run(&plan, &over.profile()?)?,
         Area::Link(command) => link_command(command)?,
         Area::Chunks(command) => chunks_command(command)?,
         Area::Simulate(SimulateCommand::Honest(plan)) => simulate::honest(&plan)?,

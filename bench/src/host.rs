@@ -21,7 +21,7 @@ pub const BINARY_VARIABLE: &str = "LONGHAUL_BIN";
 /// The VM's name at both ends.
 pub const VM: &str = "guest";
 /// The pool that the source's disk lies in and the target's arrives in.
-const POOL: &str = "default";
+pub(crate) const POOL: &str = "default";
 /// The environment's name for the folder of points at which an agent of a test build stops, and that
 /// folder within the agent's.
 const POINTS_VARIABLE: &str = "LONGHAUL_POINTS";

@@ -5,8 +5,8 @@
 //! [`netns`] and [`wan`] (where they run and how they are controlled), [`speed`] (what gets through),
 //! [`transfer`] (what a transport makes of it, ours beside its rivals'); then [`guest`] and [`watch`] (who is moved and how it proves that it is well), [`host`] (the
 //! product) and [`rival`] (what it is compared to), [`run`] (one measurement, whole; on memory from `warm`), [`row`] (what
-//! is written down). Apart from all that: [`chunks`] (ways to cut disk images, compared without a WAN), and
-//! [`simulate`] (recorded days on simulated hosts).
+//! is written down), [`push`] (images without a guest). Apart from all that: [`chunks`] (ways to cut disk
+//! images, compared without a WAN) and [`simulate`] (recorded days under schedulers' rules).
 
 pub mod chunks;
 pub mod guest;
@@ -15,6 +15,7 @@ pub mod interrupt;
 pub mod link;
 pub mod netns;
 pub mod profile;
+pub mod push;
 pub mod qmp;
 pub mod relay;
 pub mod rival;

@@ -1,13 +1,13 @@
 //! Many pieces of a disk, and runs of blocks of others, as one message, compressed together.
 //!
 //! Invariant: decoding hashes every piece; a bundle with one wrong byte in one yields nothing. Blocks
-//! have no id here: they are checked with the piece that is put together from them.
+//! and patches have no id here: they are checked with the piece that is put together from them.
 //!
 //! ```text
 //! version u8 | disk u16 | count varint
 //! | count offsets (varint, zigzag difference to the end of the part before)
-//! | count lengths (varint) << 2 | kind (0 piece, 1 blocks, 2 zeros) | ids of the pieces (32 bytes)
-//! | data of pieces and blocks, one after the other, as one `Packed`
+//! | count lengths (varint) << 2 | kind (0 piece, 1 blocks, 2 zeros, 3 patch) | ids of the pieces (32 bytes)
+//! | data of pieces, blocks and patches, one after the other, as one `Packed`
 //! ```
 
 use bytes::Bytes;
@@ -25,10 +25,11 @@ pub const MAX_BUNDLE_PARTS: usize = 4096;
 /// Data in one bundle before compression, in bytes.
 pub const MAX_BUNDLE_BYTES: usize = 16 << 20;
 
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 const KIND_PIECE: u64 = 0;
 const KIND_BLOCKS: u64 = 1;
 const KIND_ZEROS: u64 = 2;
+const KIND_PATCH: u64 = 3;
 const _: () = assert!(MAX_BUNDLE_BYTES <= MAX_UNPACKED_BYTES);
 
 /// What a stretch of a disk is to become.
@@ -48,6 +49,13 @@ pub enum BundlePart {
         /// Their content, 1 to [`MAX_PIECE_BYTES`] bytes.
         data: Bytes,
     },
+    /// A piece as the difference to what the target named. Nobody has checked it.
+    Patch {
+        /// First byte of the piece on the disk.
+        offset: u64,
+        /// Encoded by [`Patch`](crate::patch::Patch), shorter than the piece.
+        data: Bytes,
+    },
     /// Zeros, as a hole where the image can have one.
     Zero {
         /// First byte on the disk.
@@ -58,7 +66,7 @@ pub enum BundlePart {
 }
 
 impl BundlePart {
-    /// The bytes of the disk that it covers.
+    /// The bytes of the disk that it covers; of a patch, as many as it has itself.
     pub fn range(&self) -> std::ops::Range<u64> {
         let (offset, len) = self.place();
         offset..offset.saturating_add(len)
@@ -67,7 +75,9 @@ impl BundlePart {
     fn place(&self) -> (u64, u64) {
         match self {
             Self::Chunk { offset, chunk } => (*offset, chunk.data().len() as u64),
-            Self::Blocks { offset, data } => (*offset, data.len() as u64),
+            Self::Blocks { offset, data } | Self::Patch { offset, data } => {
+                (*offset, data.len() as u64)
+            }
             Self::Zero { offset, len } => (*offset, *len),
         }
     }
@@ -76,7 +86,7 @@ impl BundlePart {
     pub fn data(&self) -> &[u8] {
         match self {
             Self::Chunk { chunk, .. } => chunk.data(),
-            Self::Blocks { data, .. } => data,
+            Self::Blocks { data, .. } | Self::Patch { data, .. } => data,
             Self::Zero { .. } => &[],
         }
     }
@@ -130,6 +140,7 @@ impl ChunkBundle {
             let (kind, limit) = match part {
                 BundlePart::Chunk { .. } => (KIND_PIECE, u64::from(MAX_PIECE_BYTES)),
                 BundlePart::Blocks { .. } => (KIND_BLOCKS, u64::from(MAX_PIECE_BYTES)),
+                BundlePart::Patch { .. } => (KIND_PATCH, u64::from(MAX_PIECE_BYTES)),
                 BundlePart::Zero { .. } => (KIND_ZEROS, u64::MAX >> 2),
             };
             assert!((1..=limit).contains(&len), "no part is so long");
@@ -188,6 +199,7 @@ impl ChunkBundle {
             end = offset.checked_add(len).ok_or(DecodeError::Invalid { what: "offset" })?;
             parts.push(match kind {
                 KIND_ZEROS => BundlePart::Zero { offset, len },
+                KIND_PATCH => BundlePart::Patch { offset, data: data.split_to(len as usize) },
                 KIND_BLOCKS => BundlePart::Blocks { offset, data: data.split_to(len as usize) },
                 _ => {
                     let id = ChunkId::from_bytes(ids.array("id")?);
@@ -205,7 +217,7 @@ impl ChunkBundle {
 fn take_len(cursor: &mut Cursor<'_>) -> Result<(u64, u64), DecodeError> {
     let coded = cursor.varint("length")?;
     let (len, kind) = (coded >> 2, coded & 3);
-    if len == 0 || kind > KIND_ZEROS {
+    if len == 0 {
         return Err(DecodeError::Invalid { what: "length" });
     }
     let limit = u64::from(MAX_PIECE_BYTES);
@@ -235,7 +247,7 @@ mod tests {
             BundlePart::Zero { offset: 4096, len: 4096 },
             BundlePart::Blocks { offset: 8192, data: Bytes::from_static(b"de") },
         ]);
-        let mut expected = vec![2, 3, 0, 3, 20, 0xe6, 0x3f, 0, 12, 0x82, 0x80, 0x01, 9];
+        let mut expected = vec![3, 3, 0, 3, 20, 0xe6, 0x3f, 0, 12, 0x82, 0x80, 0x01, 9];
         expected.extend_from_slice(piece_id(b"abc").as_bytes());
         expected.extend_from_slice(&[0, 5]);
         expected.extend_from_slice(b"abcde");

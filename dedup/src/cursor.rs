@@ -134,6 +134,10 @@ impl<'a> Cursor<'a> {
         Ok(expected.wrapping_add(difference))
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
     pub(crate) fn rest(self) -> &'a [u8] {
         self.rest
     }

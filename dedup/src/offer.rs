@@ -1,5 +1,6 @@
 //! Have and want, in bulk: the source names pieces of a disk, then the blocks of those that the target
-//! lacks, and the target answers each time with one bit for each.
+//! lacks, and the target answers each time with one bit for each; of what is only similar here it names the
+//! grains.
 //!
 //! Invariant: a decoded [`Offer`] lists pieces in ascending order without overlap, of whole blocks but
 //! for the last; no list is longer than a parcel has blocks, and an [`Answer`] is only read as one to
@@ -10,25 +11,34 @@
 //!            | count gaps (varint, blocks between the end of the last piece and this one)
 //!            | count lengths (varint, blocks << 1, or bytes << 1 | 1 for a disk's end)
 //!            | count ids (32 bytes)
-//! BlockList: version u8 | offer varint | ids (8 bytes)
+//! BlockList: version u8 | offer varint | count of blocks varint | ids (8 bytes)
+//!            | samples: bytes between the begin of the last one and this one (varint), id (5 bytes)
 //! Answer:    form u8
 //!            | form 0: ceil(count / 8) bytes, lowest bit first, padding 0
 //!            | form 1: run lengths (varint), beginning with unwanted, alternating, adding up to count
+//! Bases:     for each: pieces between the last one and this one (varint), count varint, names (u16)
 //! ```
 
 use bytes::Bytes;
 
 use crate::{
-    blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, PARCEL_BLOCKS, ShortId},
+    blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, PARCEL_BLOCKS, PARCEL_BYTES, ShortId},
     cursor::{Cursor, DecodeError, put_varint},
+    grains::{GrainId, GrainName},
     id::ChunkId,
+    patch::MAX_BASE_GRAINS,
     recipe::RecipeEntry,
 };
 
 /// Pieces in one offer, and blocks in one list: those of one parcel.
 pub const MAX_OFFER_ENTRIES: usize = PARCEL_BLOCKS;
+/// Samples of grains in one list: noise has a third of it.
+pub const MAX_SAMPLES: usize = PARCEL_BLOCKS;
+/// Names of grains in one answer, in all: two bytes each on a control stream.
+pub const MAX_NAMES: usize = 1 << 18;
 
 const VERSION: u8 = 2;
+const LIST_VERSION: u8 = 3;
 const FORM_BITS: u8 = 0;
 const FORM_RUNS: u8 = 1;
 const BLOCK: u64 = BLOCK_BYTES as u64;
@@ -120,35 +130,96 @@ pub struct BlockList {
     pub offer: u64,
     /// The blocks' short ids.
     pub blocks: Vec<ShortId>,
+    /// Samples of the pieces' grains, ascending: the first byte, among those of all wanted pieces one behind
+    /// the other, and the id.
+    pub samples: Vec<(u64, GrainId)>,
 }
 
 impl BlockList {
     /// The serialized form.
     ///
     /// # Panics
-    /// If there are more than [`MAX_OFFER_ENTRIES`].
+    /// If there are more than [`MAX_OFFER_ENTRIES`] or [`MAX_SAMPLES`], or samples are not ascending.
     pub fn encode(&self) -> Bytes {
         assert!(self.blocks.len() <= MAX_OFFER_ENTRIES, "a parcel has so many blocks");
-        let mut out = Vec::with_capacity(16 + self.blocks.len() * ShortId::BYTES);
-        out.push(VERSION);
+        assert!(self.samples.len() <= MAX_SAMPLES, "a parcel has so many samples");
+        let samples_len = self.samples.len() * (GrainId::BYTES + 3);
+        let mut out = Vec::with_capacity(16 + self.blocks.len() * ShortId::BYTES + samples_len);
+        out.push(LIST_VERSION);
         put_varint(&mut out, self.offer);
+        put_varint(&mut out, self.blocks.len() as u64);
         self.blocks.iter().for_each(|block| out.extend_from_slice(block.as_bytes()));
+        let mut last = 0;
+        for (place, id) in &self.samples {
+            put_varint(&mut out, place.checked_sub(last).expect("samples are ascending"));
+            out.extend_from_slice(id.as_bytes());
+            last = *place;
+        }
         out.into()
     }
 
     /// Reads what [`encode`](Self::encode) wrote.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let mut cursor = Cursor::of_version(bytes, VERSION)?;
+        let mut cursor = Cursor::of_version(bytes, LIST_VERSION)?;
         let offer = cursor.varint("offer")?;
-        let (blocks, rest) = cursor.rest().as_chunks();
-        if !rest.is_empty() {
-            return Err(DecodeError::Trailing { bytes: rest.len() });
+        let count = cursor.count(MAX_OFFER_ENTRIES, "blocks")?;
+        let (ids, _) = cursor.take(count * ShortId::BYTES, "blocks")?.as_chunks();
+        let blocks = ids.iter().map(|id| ShortId::from_bytes(*id)).collect();
+        let mut samples = Vec::new();
+        let mut last = 0;
+        while !cursor.is_empty() {
+            if samples.len() == MAX_SAMPLES {
+                return Err(DecodeError::Invalid { what: "count of samples" });
+            }
+            // No overflow: so many samples of at most so many bytes.
+            last += cursor.bounded(PARCEL_BYTES, "sample")?;
+            samples.push((last, GrainId::from_bytes(cursor.array("sample")?)));
         }
-        if blocks.len() > MAX_OFFER_ENTRIES {
-            let (found, limit) = (blocks.len() as u64, MAX_OFFER_ENTRIES as u64);
-            return Err(DecodeError::TooLarge { what: "blocks", found, limit });
+        Ok(Self { offer, blocks, samples })
+    }
+}
+
+/// What seems to be similar to wanted pieces of a [`BlockList`], where something is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Bases(pub Vec<(usize, Vec<GrainName>)>);
+
+impl Bases {
+    /// The serialized form: each piece's number among the wanted ones, ascending, and the names of the
+    /// grains of its base, at least one.
+    ///
+    /// # Panics
+    /// If there are more than [`MAX_NAMES`] in all or [`MAX_BASE_GRAINS`] of one, or pieces are not
+    /// ascending.
+    pub fn encode(&self) -> Vec<u8> {
+        assert!(self.0.iter().map(|(_, names)| names.len()).sum::<usize>() <= MAX_NAMES);
+        let mut out = Vec::new();
+        let mut next = 0;
+        for (piece, names) in &self.0 {
+            assert!((1..=MAX_BASE_GRAINS).contains(&names.len()), "a base has so many grains");
+            put_varint(&mut out, piece.checked_sub(next).expect("pieces are ascending") as u64);
+            put_varint(&mut out, names.len() as u64);
+            names.iter().for_each(|name| out.extend_from_slice(&name.to_le_bytes()));
+            next = piece + 1;
         }
-        Ok(Self { offer, blocks: blocks.iter().map(|id| ShortId::from_bytes(*id)).collect() })
+        out
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote, of `pieces` pieces.
+    pub fn decode(bytes: &[u8], pieces: usize) -> Result<Self, DecodeError> {
+        let mut cursor = Cursor::new(bytes);
+        let mut bases = Vec::new();
+        let (mut next, mut all) = (0, 0);
+        while !cursor.is_empty() {
+            let piece = next + cursor.count(pieces, "piece")?;
+            let count = cursor.count(MAX_BASE_GRAINS.min(MAX_NAMES - all), "names")?;
+            if piece >= pieces || count == 0 {
+                return Err(DecodeError::Invalid { what: "base" });
+            }
+            let (names, _) = cursor.take(count * size_of::<GrainName>(), "names")?.as_chunks();
+            bases.push((piece, names.iter().map(|name| u16::from_le_bytes(*name)).collect()));
+            (next, all) = (piece + 1, all + count);
+        }
+        Ok(Self(bases))
     }
 }
 
@@ -239,11 +310,26 @@ mod tests {
 
     #[test]
     fn the_bytes_of_a_block_list_are_fixed() {
-        let list = BlockList { offer: 300, blocks: vec![ShortId::from_bytes([7; 8])] };
-        let bytes = [2, 0xac, 0x02, 7, 7, 7, 7, 7, 7, 7, 7];
+        let blocks = vec![ShortId::from_bytes([7; 8])];
+        let samples = [8, 9].map(|n| (u64::from(n) * 10, GrainId::from_bytes([n; 5]))).to_vec();
+        let list = BlockList { offer: 300, blocks, samples };
+        let bytes =
+            [3, 0xac, 0x02, 1, 7, 7, 7, 7, 7, 7, 7, 7, 80, 8, 8, 8, 8, 8, 10, 9, 9, 9, 9, 9];
         assert_eq!(list.encode()[..], bytes);
         assert_eq!(BlockList::decode(&bytes), Ok(list));
-        assert!(BlockList::decode(&bytes[..10]).is_err());
+        assert!(BlockList::decode(&bytes[..bytes.len() - 1]).is_err());
+        assert!(BlockList::decode(&bytes[..11]).is_err());
+    }
+
+    #[test]
+    fn the_bytes_of_bases_are_fixed() {
+        let bases = Bases(vec![(1, vec![0x0102]), (3, vec![4, 5])]);
+        let bytes = [1, 1, 2, 1, 1, 2, 4, 0, 5, 0];
+        assert_eq!(bases.encode(), bytes);
+        assert_eq!(Bases::decode(&bytes, 4), Ok(bases));
+        assert_eq!(Bases::decode(&bytes, 3), Err(DecodeError::Invalid { what: "base" }));
+        assert_eq!(Bases::decode(&[], 0), Ok(Bases::default()));
+        assert!(Bases::decode(&[0, 0], 1).is_err());
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! entry is used, unless [`Recipe::complete`] holds and the image's identity still equals it: that
 //! mark is always the last thing in the log, and made only after both files were synced.
 
+mod claims;
 mod format;
 mod log;
 
@@ -15,18 +16,23 @@ use std::{
     collections::BTreeMap, fs::Metadata, io, io::Read, ops::Range, os::unix::fs::MetadataExt,
 };
 
+pub use claims::{Claim, Claims};
 pub use format::HeaderError;
 use format::{HEADER_BYTES, Record};
 pub use log::{RecipeError, RecipeLog};
 
 use crate::{
     blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, ShortId},
+    grains::GrainId,
     id::ChunkId,
 };
 
 /// The most pieces, samples and runs of zeros that one recipe may list: 2 TiB of data. A piece takes
 /// about 65 bytes in memory, the others 30.
 pub const MAX_RECIPE_ENTRIES: usize = 1 << 26;
+
+/// Samples of grains that one recipe lists: those of 40 GiB of data, in about 100 MiB of memory.
+pub const MAX_GRAINS: usize = 1 << 22;
 
 /// One piece at its place in an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,6 +52,15 @@ pub struct Sample {
     pub offset: u64,
     /// The block's short id.
     pub id: ShortId,
+}
+
+/// A grain at its place in an image, one of those by which similar stretches are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GrainSample {
+    /// First byte in the image as the guest sees it.
+    pub offset: u64,
+    /// The grain's id.
+    pub id: GrainId,
 }
 
 impl RecipeEntry {
@@ -106,6 +121,7 @@ pub struct Recipe {
     /// From where to where zeros are known to be.
     zeros: BTreeMap<u64, u64>,
     samples: BTreeMap<u64, ShortId>,
+    grains: BTreeMap<u64, GrainId>,
     complete: Option<Completed>,
     /// Items in the log that `live` was made from, superseded ones included.
     logged: u64,
@@ -154,6 +170,7 @@ impl Recipe {
             live: BTreeMap::new(),
             zeros: BTreeMap::new(),
             samples: BTreeMap::new(),
+            grains: BTreeMap::new(),
             complete: None,
             logged: 0,
             log_bytes: HEADER_BYTES as u64,
@@ -177,6 +194,16 @@ impl Recipe {
     /// The blocks that belong into the index, by ascending offset.
     pub fn samples(&self) -> impl Iterator<Item = Sample> + '_ {
         self.samples.iter().map(|(offset, id)| Sample { offset: *offset, id: *id })
+    }
+
+    /// The samples of grains, by ascending offset.
+    pub fn grains(&self) -> impl Iterator<Item = GrainSample> + '_ {
+        self.grains.iter().map(|(offset, id)| GrainSample { offset: *offset, id: *id })
+    }
+
+    /// Those of them that begin in a stretch.
+    pub fn grains_in(&self, stretch: Range<u64>) -> impl Iterator<Item = GrainSample> + '_ {
+        self.grains.range(stretch).map(|(offset, id)| GrainSample { offset: *offset, id: *id })
     }
 
     /// Where zeros are known to be, ascending, apart from each other.
@@ -211,9 +238,9 @@ impl Recipe {
         self.live.len()
     }
 
-    /// Pieces, samples and runs of zeros.
+    /// Pieces, samples of blocks and of grains, and runs of zeros.
     fn items(&self) -> usize {
-        self.live.len() + self.zeros.len() + self.samples.len()
+        self.live.len() + self.zeros.len() + self.samples.len() + self.grains.len()
     }
 
     /// Whether nothing is known of the image.
@@ -226,20 +253,8 @@ impl Recipe {
         self.complete
     }
 
-    /// Whether everything that a record names lies within the image.
     fn admits(&self, record: &Record) -> bool {
-        match record {
-            Record::Entries(entries) => entries
-                .iter()
-                .all(|entry| entry.range().is_some_and(|range| range.end <= self.image_bytes)),
-            Record::Samples(samples) => {
-                samples.iter().all(|sample| sample.offset < self.image_bytes)
-            }
-            Record::Void(ranges) | Record::Zeros(ranges) => {
-                ranges.iter().all(|range| range.start < range.end && range.end <= self.image_bytes)
-            }
-            Record::Complete(_) => true,
-        }
+        admits(self.image_bytes, record)
     }
 
     /// Takes in an admitted record of `bytes` bytes.
@@ -268,6 +283,11 @@ impl Recipe {
                 self.samples.extend(samples.iter().map(|sample| (sample.offset, sample.id)));
                 self.logged += samples.len() as u64;
             }
+            Record::Grains(grains) => {
+                let room = MAX_GRAINS.saturating_sub(self.grains.len());
+                self.grains.extend(grains.iter().take(room).map(|grain| (grain.offset, grain.id)));
+                self.logged += grains.len() as u64;
+            }
             Record::Complete(completed) => self.complete = Some(*completed),
         }
         self.log_bytes += bytes;
@@ -294,6 +314,11 @@ impl Recipe {
             self.samples.range(range.clone()).map(|(offset, _)| *offset).collect();
         for offset in samples {
             self.samples.remove(&offset);
+        }
+        let grains: Vec<u64> =
+            self.grains.range(range.clone()).map(|(offset, _)| *offset).collect();
+        for offset in grains {
+            self.grains.remove(&offset);
         }
         let reach = u64::from(MAX_PIECE_BYTES);
         let stale: Vec<u64> = self
@@ -324,5 +349,19 @@ impl Recipe {
                 self.zeros.insert(range.end, end);
             }
         }
+    }
+}
+
+/// Whether everything that a record names lies within an image of `image_bytes`.
+fn admits(image_bytes: u64, record: &Record) -> bool {
+    let within = |range: &Range<u64>| range.start < range.end && range.end <= image_bytes;
+    match record {
+        Record::Entries(entries) => {
+            entries.iter().all(|entry| entry.range().is_some_and(|range| within(&range)))
+        }
+        Record::Samples(samples) => samples.iter().all(|sample| sample.offset < image_bytes),
+        Record::Grains(grains) => grains.iter().all(|grain| grain.offset < image_bytes),
+        Record::Void(ranges) | Record::Zeros(ranges) => ranges.iter().all(within),
+        Record::Complete(_) => true,
     }
 }

@@ -10,6 +10,7 @@ use longhaul_dedup::{
     bundle::{BundlePart, ChunkBundle, MAX_BUNDLE_BYTES},
     chunk::RawChunk,
     compress::{Compressor, Level, Packed, decompress},
+    grains::GrainId,
     id::ChunkId,
     offer::{Answer, BlockList, Offer},
     recipe::RecipeEntry,
@@ -131,13 +132,18 @@ proptest! {
         offer in offer(),
         summaries in summaries(),
         answer in answer(),
-        list in (any::<u64>(), prop::collection::vec(any::<[u8; 8]>(), 0..100)),
+        list in (
+            any::<u64>(),
+            prop::collection::vec(any::<[u8; 8]>(), 0..100),
+            prop::collection::vec(any::<[u8; 5]>(), 0..20),
+        ),
     ) {
         prop_assert_eq!(&Offer::decode(&offer.encode()).unwrap(), &offer);
         prop_assert_eq!(&Summaries::decode(&summaries.encode()).unwrap(), &summaries);
         prop_assert_eq!(&Answer::decode(&answer.encode(), answer.0.len()).unwrap(), &answer);
         let blocks = list.1.into_iter().map(ShortId::from_bytes).collect();
-        let list = BlockList { offer: list.0, blocks };
+        let samples = (0..).zip(list.2).map(|(n, id)| (n * 77, GrainId::from_bytes(id))).collect();
+        let list = BlockList { offer: list.0, blocks, samples };
         prop_assert_eq!(&BlockList::decode(&list.encode()).unwrap(), &list);
     }
 

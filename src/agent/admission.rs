@@ -10,6 +10,8 @@ use crate::control::{Failure, JobKind};
 pub const MIGRATIONS_MAX: usize = 4;
 /// Seeds at a time: they need little memory and yield to everything else.
 pub const SEEDS_MAX: usize = 16;
+/// Pushes at a time.
+pub const PUSHES_MAX: usize = 16;
 
 /// A job that runs, as far as admission needs to know it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,7 +59,7 @@ pub fn admit(stopping: bool, running: &[Occupied], wish: &Wish) -> Result<(), Fa
         let what =
             format!("cannot {kind} {vm}: a job moves it already ({} to {})", job.kind, job.peer);
         let next = match job.kind {
-            JobKind::Seed => {
+            JobKind::Seed | JobKind::Push => {
                 format!("`longhaul cancel {vm}` first: what the target has received stays there")
             }
             JobKind::Migrate => {
@@ -69,6 +71,7 @@ pub fn admit(stopping: bool, running: &[Occupied], wish: &Wish) -> Result<(), Fa
     let max = match kind {
         JobKind::Migrate => MIGRATIONS_MAX,
         JobKind::Seed => SEEDS_MAX,
+        JobKind::Push => PUSHES_MAX,
     };
     if running.iter().filter(|job| job.kind == *kind).count() >= max {
         let what = format!("cannot {kind} {vm}: {max} jobs of this kind run already");

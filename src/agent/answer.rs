@@ -4,15 +4,19 @@
 //! `admission`'s, whom to trust `peers`', what a VM is `registry`'s, how it moves the mover's.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use longhaul_transport::{Endpoint, Fingerprint};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::admission::Wish;
 use super::caps::Caps;
+use super::indexing::ImageIndex;
 use super::jobs::{Follow, Jobs, MoveOptions, Mover};
 use super::links::Links;
 use super::metrics::{self, Facts};
@@ -20,10 +24,11 @@ use super::peers::{Peer, PeerBook, PeersError, full_address};
 use super::registry::Registry;
 use crate::config::{Config, Problem, valid_downtime_limit};
 use crate::control::{
-    Checked, Failure, FailureKind, JobKind, JobOutcome, JobSummary, Metric, MoveRequest,
-    OwnIdentity, PeerSummary, Reply, Request, Status, VmSource, chain,
+    Checked, Event, Failure, FailureKind, IndexRequest, JobKind, JobOutcome, JobSummary, Metric,
+    MoveRequest, OwnIdentity, PeerSummary, PushRequest, Reply, Request, Status, VmSource, chain,
 };
 use crate::migration::handover::Conflict;
+use crate::migration::job::ImageJob;
 
 /// Ended jobs in a status.
 const RECENT_MAX: usize = 10;
@@ -51,6 +56,7 @@ pub(crate) struct Desk {
     pub(crate) mover: Arc<dyn Mover>,
     pub(crate) caps: Arc<Caps>,
     pub(crate) links: Arc<Links>,
+    pub(crate) index: Arc<ImageIndex>,
     /// When this agent started.
     pub(crate) started: Timestamp,
     pub(crate) last_metrics: tokio::sync::Mutex<Option<(Instant, Arc<Vec<Metric>>)>>,
@@ -62,6 +68,16 @@ pub(crate) enum Reaction {
     Answer(Box<Result<Reply, Failure>>),
     /// A job that is worth watching.
     Follow(Follow),
+    /// Work that is no job, and tells how far it is.
+    Work(Work),
+}
+
+/// Work under way.
+pub(crate) struct Work {
+    /// How far it is; closed when it is done.
+    pub(crate) events: mpsc::Receiver<Event>,
+    /// What came of it.
+    pub(crate) done: JoinHandle<Result<Reply, Failure>>,
 }
 
 impl Desk {
@@ -69,10 +85,24 @@ impl Desk {
         let followed = match request {
             Request::Seed(wish) => self.start(JobKind::Seed, wish).await,
             Request::Migrate(wish) => self.start(JobKind::Migrate, wish).await,
+            Request::Push(wish) => self.push(wish),
             Request::Watch { vm } => self.jobs.follow(&vm).map(Reaction::Follow),
+            Request::Index(wish) => Ok(Reaction::Work(self.index(wish))),
             other => Ok(Reaction::Answer(Box::new(self.answer(other).await))),
         };
         followed.unwrap_or_else(|failure| Reaction::Answer(Box::new(Err(failure))))
+    }
+
+    /// Works on the index, to its end even if nobody watches any more.
+    fn index(&self, wish: IndexRequest) -> Work {
+        let (tell, events) = mpsc::channel(1);
+        let index = Arc::clone(&self.index);
+        let done = tokio::task::spawn_blocking(move || {
+            // A watcher who is busy with the last event misses this one.
+            let tell = |progress| drop(tell.try_send(Event::Indexing(progress)));
+            index.work(&wish, tell).map(Box::new).map(Reply::Index)
+        });
+        Work { events, done }
     }
 
     async fn answer(&self, request: Request) -> Result<Reply, Failure> {
@@ -129,8 +159,12 @@ impl Desk {
                 self.mover.resolve(&vm, runs).await.map(Reply::Said)
             }
             // Answered by `react`.
-            Request::Seed(_) | Request::Migrate(_) | Request::Watch { .. } => {
-                Err(Failure::refused("this request starts or follows a job", ""))
+            Request::Seed(_)
+            | Request::Migrate(_)
+            | Request::Push(_)
+            | Request::Watch { .. }
+            | Request::Index(_) => {
+                Err(Failure::refused("this request starts or follows what takes a while", ""))
             }
         }
     }
@@ -161,13 +195,33 @@ impl Desk {
             Some(ms) => valid_downtime_limit(ms).map_err(problem_failure)?,
             None => default_ms.unwrap_or(u64::MAX),
         };
-        let options = MoveOptions { downtime_limit_ms, deadline_s, rate };
+        let options = MoveOptions { downtime_limit_ms, deadline_s, rate, image: None };
         if deadline_s.is_some_and(|s| s > DEADLINE_S_MAX) {
             return Err(Failure::refused("the deadline is more than a year away", "leave it out"));
         }
         let in_doubt = self.is_in_doubt(&vm).await;
         let vm_known = self.registry.knows(&vm);
         let wish = Wish { kind, vm, vm_known, in_doubt };
+        let follow = self.jobs.start(&wish, peer, options)?;
+        if detach {
+            return Ok(Reaction::Answer(Box::new(Ok(Reply::Started(follow.summary())))));
+        }
+        Ok(Reaction::Follow(follow))
+    }
+
+    /// Starts a push; the image is this host's operator's to name.
+    fn push(&self, wish: PushRequest) -> Result<Reaction, Failure> {
+        let PushRequest { image, to, pool, file, replace, deadline_s, rate, detach } = wish;
+        let peer = self.peers.get(&to).map_err(problem_failure)?;
+        let path = PathBuf::from(&image);
+        if !path.is_absolute() || !path.exists() {
+            let what = format!("there is no image {image}");
+            return Err(Failure::refused(what, "give the path of a raw image or of a .qcow2"));
+        }
+        let image_job = ImageJob { image: path, peer: to, pool, file, replace };
+        let options =
+            MoveOptions { downtime_limit_ms: 0, deadline_s, rate, image: Some(image_job) };
+        let wish = Wish { kind: JobKind::Push, vm: image, vm_known: true, in_doubt: false };
         let follow = self.jobs.start(&wish, peer, options)?;
         if detach {
             return Ok(Reaction::Answer(Box::new(Ok(Reply::Started(follow.summary())))));

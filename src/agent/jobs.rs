@@ -21,6 +21,7 @@ use crate::calendar::RateCalendar;
 use crate::control::{Failure, FailureKind, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary};
 use crate::hypervisor::VmSpec;
 use crate::migration::handover::{Choice, Conflict};
+use crate::migration::job::ImageJob;
 use crate::migration::{Completed, Phase, Progress};
 
 /// One seed or migration, as it was admitted.
@@ -48,6 +49,8 @@ pub struct MoveOptions {
     pub deadline_s: Option<u64>,
     /// Cap for this job, below the agent's own.
     pub rate: Option<RateCalendar>,
+    /// What a push sends where.
+    pub image: Option<ImageJob>,
 }
 
 /// Moves VMs. The agent decides who may be moved when, and the mover how.
@@ -66,6 +69,14 @@ pub trait Mover: Send + Sync {
 
     /// Moves a VM. After the hand-over `cancel` no longer applies.
     async fn migrate(
+        &self,
+        job: Job,
+        progress: watch::Sender<Progress>,
+        cancel: CancelToken,
+    ) -> Result<Completed, Failure>;
+
+    /// Sends an image without a VM: [`MoveOptions::image`].
+    async fn push(
         &self,
         job: Job,
         progress: watch::Sender<Progress>,
@@ -298,6 +309,7 @@ async fn carry_out(
             match job.kind {
                 JobKind::Seed => mover.seed(job, progress, cancel).await,
                 JobKind::Migrate => mover.migrate(job, progress, cancel).await,
+                JobKind::Push => mover.push(job, progress, cancel).await,
             }
         }
     });

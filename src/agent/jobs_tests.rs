@@ -38,6 +38,15 @@ impl Mover for ByName {
         }
     }
 
+    async fn push(
+        &self,
+        job: Job,
+        progress: watch::Sender<Progress>,
+        cancel: CancelToken,
+    ) -> Result<Completed, Failure> {
+        self.migrate(job, progress, cancel).await
+    }
+
     async fn serve(&self, session: Session, _: Peer, _: CancelToken) {
         session.refuse("not in this test");
     }
@@ -72,7 +81,8 @@ fn start(jobs: &Arc<Jobs>, vm: &str, deadline_s: Option<u64>) -> Result<Follow, 
     let wish = Wish { kind: JobKind::Migrate, vm: vm.to_owned(), vm_known: true, in_doubt: false };
     let fingerprint = Fingerprint::from_bytes([1; 32]);
     let peer = Peer { name: "lyon".into(), address: "192.0.2.1:4873".into(), fingerprint };
-    jobs.start(&wish, peer, MoveOptions { downtime_limit_ms: 300, deadline_s, rate: None })
+    let options = MoveOptions { downtime_limit_ms: 300, deadline_s, rate: None, image: None };
+    jobs.start(&wish, peer, options)
 }
 
 fn failure(outcome: JobOutcome) -> Failure {

@@ -17,6 +17,7 @@ mod durable;
 mod history;
 pub mod hooks;
 mod incoming;
+pub mod indexing;
 pub mod jobs;
 pub mod links;
 mod lock;
@@ -46,6 +47,7 @@ use cancel::{CancelReason, CancelToken};
 use caps::Caps;
 use history::History;
 use hooks::Hooks;
+use indexing::ImageIndex;
 use jobs::{Jobs, Mover};
 use links::Links;
 use lock::{InstanceLock, LockError};
@@ -124,6 +126,8 @@ pub struct Parts {
     pub caps: Arc<Caps>,
     /// What sessions with peers carry.
     pub links: Arc<Links>,
+    /// What the images here hold.
+    pub index: Arc<ImageIndex>,
 }
 
 /// Runs an agent until SIGTERM or SIGINT. `mover` is made once, when all its parts are there.
@@ -162,6 +166,7 @@ pub async fn run(
     let endpoint = Endpoint::bind(config.listen, &identity, trust, Tuning::default())?;
     let listen = endpoint.local_addr();
     let links = Arc::new(Links::default());
+    let index = ImageIndex::open(&state_dir.join("index"), config.host.pools.clone());
     let mover = mover(Parts {
         config: Arc::clone(&config),
         endpoint: endpoint.clone(),
@@ -170,6 +175,7 @@ pub async fn run(
         hooks: Hooks::new(config.hooks.clone()),
         caps: Arc::clone(&caps),
         links: Arc::clone(&links),
+        index: Arc::clone(&index),
     })
     .map_err(io_error("reading the journals in", state_dir))?;
     let jobs = Arc::new(Jobs::new(Arc::clone(&mover), history));
@@ -191,6 +197,7 @@ pub async fn run(
         mover: Arc::clone(&mover),
         caps: Arc::clone(&caps),
         links,
+        index,
         started,
         last_metrics: tokio::sync::Mutex::default(),
     });

@@ -14,6 +14,7 @@ use super::Parts;
 use super::cancel::CancelToken;
 use super::caps::Caps;
 use super::hooks::{self, Hooks, Moment, Occasion};
+use super::indexing::ImageIndex;
 use super::jobs::{Job, Mover};
 use super::links::Links;
 use super::peers::{Peer, PeerBook};
@@ -47,6 +48,7 @@ pub struct MigrationMover {
     peers: Arc<PeerBook>,
     caps: Arc<Caps>,
     links: Arc<Links>,
+    index: Arc<ImageIndex>,
     staging_bytes: u64,
 }
 
@@ -67,6 +69,7 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         seeds: SeedBook::open(&state_dir.join("seeds.json")),
         hooks: Arc::new(OperatorHooks(parts.hooks)),
         scratch: state_dir.join("scratch"),
+        index: parts.index.places(),
         link_patience: parts.config.limits.link_patience,
         doubts: Doubts::default(),
         turn: Arc::default(),
@@ -78,6 +81,7 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         peers: parts.peers,
         caps: parts.caps,
         links: parts.links,
+        index: parts.index,
         staging_bytes: parts.config.limits.memory.0 / STAGING_SHARE,
     };
     for history in mover.site.journals.unfinished()? {
@@ -150,7 +154,10 @@ impl MigrationMover {
         let mut cuts = 0;
         loop {
             let error = match self.attempt(job, &order, &dial, progress, cancel).await {
-                Ok(completed) => return Ok(completed),
+                Ok(completed) => {
+                    self.index.take_records();
+                    return Ok(completed);
+                }
                 Err(error) => error,
             };
             // Nobody waits for a seed: a link that comes back is good enough. And a peer whose agent was
@@ -196,6 +203,53 @@ impl MigrationMover {
     }
 }
 
+impl MigrationMover {
+    /// One attempt to push after the other, as long as only the link or the peer's agent fails.
+    async fn push_image(
+        &self,
+        job: &Job,
+        progress: &watch::Sender<Progress>,
+        cancel: &CancelToken,
+    ) -> Result<Completed, Failure> {
+        let Some(order) = &job.options.image else {
+            return Err(Failure::refused("a push names an image", ""));
+        };
+        let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
+        let dial = Dialer { rate: caps.rate(), ..self.dialer(&job.peer.name) };
+        let mut cuts = 0;
+        loop {
+            let attempt = async {
+                let session = dial.dial().await;
+                let session =
+                    session.map_err(|detail| MigrationError::cut(&job.peer.name, detail))?;
+                migration::push(&self.site, order, session, progress).await
+            };
+            let ended = tokio::select! {
+                ended = attempt => ended,
+                _ = cancel.cancelled() => Err(MigrationError::Cancelled),
+            };
+            let error = match ended {
+                Ok(completed) => return Ok(completed),
+                Err(error) => error,
+            };
+            if !error.is_cut() || cuts == CUTS_MAX {
+                return Err(failure(&job.vm, &error));
+            }
+            cuts += 1;
+            tracing::info!(image = job.vm, peer = job.peer.name, %error, cuts, "trying again");
+            progress.send_modify(|progress| {
+                progress.note = Some(format!("{error}; trying again"));
+            });
+            tokio::select! {
+                () = tokio::time::sleep(CUT_WAIT) => {}
+                _ = cancel.cancelled() => {
+                    return Err(failure(&job.vm, &MigrationError::Cancelled));
+                }
+            }
+        }
+    }
+}
+
 #[async_trait]
 impl Mover for MigrationMover {
     async fn seed(
@@ -216,6 +270,15 @@ impl Mover for MigrationMover {
         self.run(&job, Purpose::Migrate, &progress, &cancel).await
     }
 
+    async fn push(
+        &self,
+        job: Job,
+        progress: watch::Sender<Progress>,
+        cancel: CancelToken,
+    ) -> Result<Completed, Failure> {
+        self.push_image(&job, &progress, &cancel).await
+    }
+
     async fn serve(&self, session: Session, peer: Peer, cancel: CancelToken) {
         // A target sends answers and acknowledgements: a few percent, and they count.
         session.set_rate(self.caps.agent_alone());
@@ -229,6 +292,7 @@ impl Mover for MigrationMover {
                 tracing::warn!(peer = peer.name, error = chain(&error), "a session ended badly");
                 self.recover_left(left);
             }
+            self.index.take_records();
             last.hear_out(&self.site, &peer.name).await;
             self.recover_left(left);
         };

@@ -13,9 +13,9 @@ use tokio::io::{AsyncReadExt, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
-use tokio::time::{MissedTickBehavior, timeout};
+use tokio::time::{Instant, MissedTickBehavior, timeout};
 
-use super::answer::{Desk, Reaction};
+use super::answer::{Desk, Reaction, Work};
 use super::jobs::Follow;
 use crate::control::{
     Answer, Event, Failure, JobOutcome, LineError, Reply, Request, Response, VERSION, read_line,
@@ -100,6 +100,7 @@ async fn converse(stream: UnixStream, desk: &Arc<Desk>) -> Result<(), LineError>
     match desk.react(request).await {
         Reaction::Answer(answer) => end(&mut writer, *answer).await,
         Reaction::Follow(follow) => watch(&mut reader, &mut writer, follow).await,
+        Reaction::Work(work) => tell(&mut writer, work).await,
     }
 }
 
@@ -147,6 +148,23 @@ async fn watch(
             },
         }
     }
+}
+
+/// Sends what is told of some work, and what came of it.
+async fn tell(writer: &mut OwnedWriteHalf, work: Work) -> Result<(), LineError> {
+    let Work { mut events, done } = work;
+    let mut last = None::<Instant>;
+    while let Some(event) = events.recv().await {
+        if last.is_none_or(|last| last.elapsed() >= EVENT_INTERVAL) {
+            send(writer, event).await?;
+            last = Some(Instant::now());
+        }
+    }
+    let broken = |_| {
+        let next = "`longhaul index check` tells whether the index is whole";
+        Err(Failure::failed("the agent's work ended by a defect", "", next))
+    };
+    end(writer, done.await.unwrap_or_else(broken)).await
 }
 
 async fn send(writer: &mut OwnedWriteHalf, event: Event) -> Result<(), LineError> {

@@ -129,6 +129,21 @@ or a lost terminal ends this command, not the migration; `longhaul watch` follow
 Example:
   longhaul migrate db1 --to lyon --downtime-limit 300ms --deadline 2h")]
     Migrate(MigrateArgs),
+    /// Send an image to a peer's pool, without a VM
+    #[command(after_help = "\
+IMAGE is a raw image, or a qcow2 if its name ends in .qcow2; one that a QEMU has open is refused. It
+arrives in the peer's pool `default`, or in POOL, under NAME, and has that name only once it is there
+whole, verified and durable. What the peer has of it is not sent: an earlier image of that name, which
+is replaced only with --replace, other images with a record, an earlier push that was cut.
+
+The job belongs to the agent and goes by the image's path: `longhaul watch` and `longhaul cancel`
+take that.
+
+Example:
+  longhaul push /srv/golden.raw lyon:golden.raw
+  longhaul push /srv/golden.raw lyon:golden.raw --replace --rate 50M
+  longhaul push db1.qcow2 lyon:fast/db1.qcow2")]
+    Push(PushArgs),
     /// Follow the job that moves a VM
     #[command(after_help = "\
 The exit code is that of the job, as if it had been started by this command.
@@ -170,6 +185,19 @@ Example:
   longhaul limit --rate \"mon-fri 08:00-20:00=20M, sat,sun=unlimited, else=200M\"
   longhaul limit db1 --rate unlimited --class seed=20M")]
     Limit(LimitArgs),
+    /// Show, build or check the index of what the images here hold
+    #[command(after_help = "\
+What an arriving disk has in common with images in this host's pools is copied from them instead of
+being sent. The index says where to look. Images that Longhaul wrote or sent go into it by themselves;
+`build` takes in any other raw image, by reading it once: one that did not change is not read again.
+`check` reads the index and leaves out what is damaged; `build` then reads the images in question.
+
+Example:
+  longhaul index                    # what it tells of, and how much is stale
+  longhaul index build              # all pools
+  longhaul index build default /var/lib/longhaul/images/db1.raw
+  longhaul index check")]
+    Index(IndexArgs),
     /// Stop the job that moves a VM; the guest runs on here
     #[command(after_help = "\
 What the target has received stays there, so the next try is short.
@@ -191,6 +219,29 @@ Example:
   longhaul resolve db1                # what is known
   longhaul resolve db1 --runs here    # asks for the VM's name to confirm")]
     Resolve(ResolveArgs),
+}
+
+/// Arguments of `index`.
+#[derive(Debug, Args)]
+pub struct IndexArgs {
+    /// What to do; without it the index is shown.
+    #[command(subcommand)]
+    pub command: Option<IndexCommand>,
+}
+
+/// Commands about the index.
+#[derive(Debug, Subcommand)]
+pub enum IndexCommand {
+    /// Take images in that it does not know as they are, and drop those that are gone
+    #[command(after_help = "Example:\n  longhaul index build default")]
+    Build {
+        /// Pools by name or images by path [default: all pools]
+        #[arg(value_name = "POOL|IMAGE")]
+        subjects: Vec<String>,
+    },
+    /// Read all of it and leave out what is damaged
+    #[command(after_help = "Example:\n  longhaul index check")]
+    Check,
 }
 
 /// Arguments of `resolve`.
@@ -422,6 +473,45 @@ pub struct MigrateArgs {
     pub how: MoveArgs,
 }
 
+/// Arguments of `push`.
+#[derive(Debug, Args)]
+pub struct PushArgs {
+    /// The image's file
+    pub image: PathBuf,
+    /// The peer, and the image's name there
+    #[arg(value_name = "PEER:[POOL/]NAME", value_parser = parse_place)]
+    pub to: Place,
+    /// Replace an image of that name
+    #[arg(long)]
+    pub replace: bool,
+    /// How.
+    #[command(flatten)]
+    pub how: MoveArgs,
+}
+
+/// An image's place at a peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The peer.
+    pub peer: String,
+    /// Its pool.
+    pub pool: String,
+    /// The file name there.
+    pub file: String,
+}
+
+/// The pool that is meant where none is named.
+const DEFAULT_POOL: &str = "default";
+
+fn parse_place(text: &str) -> Result<Place, String> {
+    let (peer, name) = text.split_once(':').ok_or("write it as in lyon:golden.raw")?;
+    let (pool, file) = name.split_once('/').unwrap_or((DEFAULT_POOL, name));
+    if peer.is_empty() || pool.is_empty() || file.is_empty() || file.contains('/') {
+        return Err("write it as in lyon:golden.raw or lyon:pool/golden.raw".to_owned());
+    }
+    Ok(Place { peer: peer.to_owned(), pool: pool.to_owned(), file: file.to_owned() })
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -460,6 +550,10 @@ mod tests {
         assert!(parse("longhaul seed db1").is_err());
         assert!(parse("longhaul seed db1 --forget").is_ok());
         assert!(parse("longhaul seed db1 --forget --to lyon").is_err());
+        assert!(parse("longhaul push a.raw lyon:pool/a.raw --replace").is_ok());
+        assert!(parse("longhaul push a.raw lyon").is_err());
+        assert!(parse("longhaul push a.raw lyon:").is_err());
+        assert!(parse("longhaul push a.raw lyon:a/b/c").is_err());
         assert!(parse("longhaul pair lyon").is_err());
         assert!(parse("longhaul pair --list --remove lyon").is_err());
         assert!(parse("longhaul migrate db1 --to lyon --detach --attached").is_err());

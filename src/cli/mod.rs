@@ -6,6 +6,7 @@
 //! happened, what state the VM is in, what to do.
 
 pub mod args;
+mod index;
 mod limit;
 mod moves;
 mod pair;
@@ -107,12 +108,14 @@ pub async fn run(global: &Global, command: Command) -> Exit {
         Command::Vm(command) => vm::run(global, command).await,
         Command::Seed(args) => moves::seed(global, args).await,
         Command::Migrate(args) => moves::migrate(global, args).await,
+        Command::Push(args) => moves::push(global, args).await,
         Command::Watch(args) => moves::watch(global, args.vm).await,
         Command::Cancel(args) => moves::cancel(global, args.vm).await,
         Command::Resolve(args) => resolve::run(global, args).await,
         Command::Status => show::status(global).await,
         Command::Metrics => show::metrics(global).await,
         Command::Limit(args) => limit::run(global, args).await,
+        Command::Index(args) => index::run(global, args).await,
         // These two are the agent itself; `main` starts it.
         Command::Init(_) | Command::Agent(_) => Err(CommandError::Mismatch),
     };

@@ -1,12 +1,14 @@
-//! `seed`, `migrate`, `watch`, `cancel`: what moves VMs.
+//! `seed`, `migrate`, `push`, `watch`, `cancel`: what moves VMs and images.
 //!
 //! Invariant: the job is the agent's. Leaving this command, by Ctrl-C or a lost terminal, never ends
 //! it, unless `--attached` was given and Ctrl-C was pressed.
 
-use super::args::{Global, MigrateArgs, MoveArgs, SeedArgs};
+use super::args::{Global, MigrateArgs, MoveArgs, Place, PushArgs, SeedArgs};
 use super::progress::Display;
 use super::{CommandError, Exit, ask_and_say, print, print_json, report, socket};
-use crate::control::{self, Answer, Call, Event, MoveRequest, Reply, Request, Response};
+use crate::control::{
+    self, Answer, Call, Event, Failure, MoveRequest, PushRequest, Reply, Request, Response,
+};
 
 pub(super) async fn seed(global: &Global, args: SeedArgs) -> Result<Exit, CommandError> {
     let SeedArgs { vm, to, how, .. } = args;
@@ -22,6 +24,27 @@ pub(super) async fn migrate(global: &Global, args: MigrateArgs) -> Result<Exit, 
     let limit_ms = downtime_limit.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
     let wish = Request::Migrate(request(&vm, to, &how, limit_ms));
     follow(global, &wish, Watched { vm, attached: how.attached }).await
+}
+
+pub(super) async fn push(global: &Global, args: PushArgs) -> Result<Exit, CommandError> {
+    let PushArgs { image, to: Place { peer, pool, file }, replace, how } = args;
+    let image = std::path::absolute(&image).unwrap_or(image);
+    let Some(image) = image.to_str().map(str::to_owned) else {
+        return Err(
+            Failure::refused("the image's path is not UTF-8", "give it another name").into()
+        );
+    };
+    let wish = Request::Push(PushRequest {
+        image: image.clone(),
+        to: peer,
+        pool,
+        file,
+        replace,
+        deadline_s: how.deadline.map(|deadline| deadline.as_secs().max(1)),
+        rate: how.rate.clone(),
+        detach: how.detach,
+    });
+    follow(global, &wish, Watched { vm: image, attached: how.attached }).await
 }
 
 pub(super) async fn watch(global: &Global, vm: String) -> Result<Exit, CommandError> {

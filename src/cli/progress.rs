@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::print_json;
-use crate::control::{Event, JobSummary};
+use crate::control::{Event, IndexProgress, JobSummary};
 use crate::migration::Progress;
 use crate::units::{ByteCount, duration_text, rate_text};
 
@@ -53,6 +53,11 @@ impl Display {
                 bar.set_position(progress.payload_bytes);
                 bar.set_message(line(progress));
             }
+            (Self::Terminal(bar), Event::Indexing(progress)) => {
+                bar.set_length(progress.total.max(1));
+                bar.set_position(progress.read);
+                bar.set_message(indexing(progress));
+            }
             (Self::Terminal(bar), event) => bar.println(words(event)),
             (Self::Lines { last }, Event::Progress(progress)) => {
                 let now = Instant::now();
@@ -82,7 +87,16 @@ fn words(event: &Event) -> String {
             format!("job {id}: {kind} {vm} to {peer}")
         }
         Event::Progress(progress) => line(progress),
+        Event::Indexing(progress) => indexing(progress),
         Event::Note(note) => note.clone(),
+    }
+}
+
+fn indexing(progress: &IndexProgress) -> String {
+    let IndexProgress { image, read, total } = progress;
+    match image.as_str() {
+        "" => format!("index: {read} of {total} entries"),
+        image => format!("{image}: {} of at most {}", ByteCount(*read), ByteCount(*total)),
     }
 }
 

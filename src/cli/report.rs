@@ -10,14 +10,17 @@ use crate::units::{ByteCount, duration_text};
 /// The whole report.
 pub(super) fn render(report: &Completed) -> String {
     let total = duration_text(report.total_ms);
-    let mut text = match &report.downtime {
-        Some(downtime) => format!(
+    let mut text = match (&report.image, &report.downtime) {
+        (Some(image), _) => {
+            format!("{} lies at {} as {image}: {total}\n", report.vm, report.peer)
+        }
+        (None, Some(downtime)) => format!(
             "{} runs at {}: {total}, downtime {}\n",
             report.vm,
             report.peer,
             ms_text(downtime.total_ms)
         ),
-        None => format!("{} is seeded to {}: {total}\n", report.vm, report.peer),
+        (None, None) => format!("{} is seeded to {}: {total}\n", report.vm, report.peer),
     };
     text += "\n";
     text += &phases(report);
@@ -185,6 +188,7 @@ mod tests {
                 reconnects: 1,
                 ..LinkReport::default()
             })),
+            image: None,
         }
     }
 

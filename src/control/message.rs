@@ -8,6 +8,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
+use super::index::{IndexProgress, IndexRequest, IndexSummary};
 use super::limits::{JobLimits, LimitRequest, Limits};
 use super::metrics::Metric;
 use crate::calendar::RateCalendar;
@@ -95,6 +96,8 @@ pub enum Request {
         /// The VM.
         vm: String,
     },
+    /// Show, build or check the index of images.
+    Index(IndexRequest),
     /// Change caps, or ask which hold.
     Limit(LimitRequest),
     /// Stop the job that moves a VM; the guest runs on here.
@@ -111,6 +114,8 @@ pub enum Request {
         /// Its name once more, typed by whoever takes the risk.
         confirm: String,
     },
+    /// Send an image without a VM.
+    Push(PushRequest),
 }
 
 /// A VM by name, or by a description that was typed.
@@ -149,6 +154,31 @@ pub struct MoveRequest {
     pub detach: bool,
 }
 
+/// What a push should do. Its job goes by the image's path.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PushRequest {
+    /// The image here: an absolute path.
+    pub image: String,
+    /// The peer's name here.
+    pub to: String,
+    /// The peer's pool that it is for.
+    pub pool: String,
+    /// Its file name there.
+    pub file: String,
+    /// Replace an image of that name.
+    #[serde(default)]
+    pub replace: bool,
+    /// Seconds after which it gives up; none if absent.
+    #[serde(default)]
+    pub deadline_s: Option<u64>,
+    /// Cap for this job; the agent's own cap holds in any case.
+    #[serde(default)]
+    pub rate: Option<RateCalendar>,
+    /// Answer as soon as the job is admitted, not when it ended.
+    #[serde(default)]
+    pub detach: bool,
+}
+
 /// One line of an answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -167,6 +197,8 @@ pub enum Event {
     Admitted(JobSummary),
     /// Where the job is.
     Progress(Progress),
+    /// Where the work on the index is.
+    Indexing(IndexProgress),
     /// Something an operator wants to know.
     Note(String),
 }
@@ -210,6 +242,8 @@ pub enum Reply {
     Started(JobSummary),
     /// A job that reached its end.
     Completed(Box<Completed>),
+    /// The index of images.
+    Index(Box<IndexSummary>),
     /// The caps that hold.
     Limits(Box<Limits>),
     /// All numbers.
@@ -303,6 +337,8 @@ pub enum JobKind {
     Seed,
     /// Moves a VM.
     Migrate,
+    /// Sends an image without a VM.
+    Push,
 }
 
 impl JobKind {
@@ -311,6 +347,7 @@ impl JobKind {
         match self {
             Self::Seed => "seed",
             Self::Migrate => "migration",
+            Self::Push => "push",
         }
     }
 }
@@ -320,6 +357,7 @@ impl fmt::Display for JobKind {
         f.write_str(match self {
             Self::Seed => "seed",
             Self::Migrate => "migrate",
+            Self::Push => "push",
         })
     }
 }

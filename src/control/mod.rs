@@ -14,6 +14,7 @@
 
 mod client;
 mod failure;
+mod index;
 mod limits;
 mod line;
 mod message;
@@ -22,13 +23,14 @@ mod metrics;
 pub use crate::migration::chain;
 pub use client::{Call, CallError, call};
 pub use failure::{Failure, FailureKind};
+pub use index::{IndexProgress, IndexRequest, IndexSummary, IndexWork, IndexedImage, IndexedState};
 pub use limits::{JobLimits, Limit, LimitChange, LimitRequest, Limits};
 pub use line::{LineError, read_line, write_line};
 pub use longhaul_transport::BitRate;
 pub use message::{
     Adopted, Answer, Checked, Event, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary,
-    MoveRequest, OwnIdentity, PeerSummary, Reply, Request, Response, Status, VmDetail, VmSource,
-    VmSummary,
+    MoveRequest, OwnIdentity, PeerSummary, PushRequest, Reply, Request, Response, Status, VmDetail,
+    VmSource, VmSummary,
 };
 pub use metrics::{METRICS_MEDIA_TYPE, Metric, MetricKind, Sample, metrics_text};
 

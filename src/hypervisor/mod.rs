@@ -7,7 +7,7 @@
 pub mod qemu;
 pub mod spec;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use async_trait::async_trait;
@@ -346,6 +346,14 @@ pub struct IncomingDisk {
     pub fresh: bool,
 }
 
+/// An image on its way to a pool of this host's, without a VM.
+pub struct IncomingImage {
+    /// What there is of it; not under its own name.
+    pub disk: IncomingDisk,
+    /// The image that it begins as a copy of, made just now.
+    pub begun_from: Option<PathBuf>,
+}
+
 /// This host, as one that VMs leave and arrive at.
 #[async_trait]
 pub trait Host: Send + Sync {
@@ -374,6 +382,23 @@ pub trait Host: Send + Sync {
     ) -> Result<Vec<IncomingDisk>, HypervisorError>;
     /// Images here that may hold what is about to arrive.
     async fn known_images(&self) -> Result<Vec<ImageFile>, HypervisorError>;
+    /// An image that nobody runs, whole; its format goes by its name.
+    async fn image(&self, path: &Path) -> Result<Box<dyn DiskView>, HypervisorError>;
+    /// Opens what there is of an image of `bytes` bytes that arrives without a VM, or begins it. The
+    /// place is a peer's word and is believed in nothing. What lies under its name stays as it is
+    /// until [`settle_image`](Self::settle_image), and refuses this unless it may be replaced.
+    async fn incoming_image(
+        &self,
+        place: &spec::ImageLocation,
+        bytes: u64,
+        replace: bool,
+    ) -> Result<IncomingImage, HypervisorError>;
+    /// Gives an image that is complete and closed its name, in one step; returns where it lies.
+    async fn settle_image(
+        &self,
+        place: &spec::ImageLocation,
+        replace: bool,
+    ) -> Result<PathBuf, HypervisorError>;
     /// Starts a hypervisor that waits for the VM's memory, on the images of `incoming_disks`.
     async fn prepare(&self, vm: &VmSpec) -> Result<std::sync::Arc<dyn TargetVm>, HypervisorError>;
     /// A hypervisor that an earlier life of this agent prepared, if it still lives.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use longhaul_dedup::places::Places;
 use longhaul_transport::Session;
 use tokio::sync::Mutex;
 
@@ -28,6 +29,21 @@ pub struct Job {
     pub purpose: Purpose,
     /// How.
     pub options: MoveOptions,
+}
+
+/// An image that an operator wants sent without a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageJob {
+    /// The image here.
+    pub image: PathBuf,
+    /// The peer's name at this host.
+    pub peer: String,
+    /// The peer's pool that it is for.
+    pub pool: String,
+    /// Its file name there.
+    pub file: String,
+    /// An image of that name may be replaced.
+    pub replace: bool,
 }
 
 /// How to move.
@@ -67,6 +83,8 @@ pub struct Site {
     pub hooks: Arc<dyn Hooks>,
     /// A folder for files without a name.
     pub scratch: PathBuf,
+    /// What its images hold, if that can be kept.
+    pub index: Option<Arc<Places>>,
     /// How long an attempt waits for a link that is down, before the hand-over.
     pub link_patience: Duration,
     /// Its hand-overs that are not settled.

@@ -109,6 +109,21 @@ pub struct Open {
     pub disks: Vec<DiskOffer>,
 }
 
+/// The first message of an attempt that sends an image without a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenImage {
+    /// The attempt.
+    pub job: JobId,
+    /// The target's pool that it is for.
+    pub pool: String,
+    /// Its file name there.
+    pub file: String,
+    /// Size that a guest would see.
+    pub bytes: u64,
+    /// An image of that name may be replaced.
+    pub replace: bool,
+}
+
 /// The token: sent behind the last byte, by a source that has durably delegated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Token {
@@ -160,6 +175,8 @@ pub enum ToTarget {
         /// The attempt.
         job: JobId,
     },
+    /// Begin, with an image instead of a VM.
+    OpenImage(Box<OpenImage>),
 }
 
 /// How the time at the target went, in milliseconds.
@@ -201,6 +218,8 @@ pub enum ToSource {
         /// To summaries: this disk need not be asked by them any more. To an offer: send the wanted
         /// pieces whole, nothing is here that their blocks could be found in.
         plain: bool,
+        /// To a list of blocks: what seems to be similar to its pieces, encoded by `dedup::offer`.
+        bases: Vec<u8>,
     },
     /// The answer to the end of a disk: pieces that did not come together, each with its first byte
     /// and its length. They are wanted whole; with none the disk is as it was offered.

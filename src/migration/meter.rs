@@ -202,6 +202,7 @@ impl Meter {
             payload_bytes: state.done.iter().map(|(_, report)| report.payload_bytes).sum(),
             notes: state.notes.clone(),
             link: None,
+            image: None,
         }
     }
 }

@@ -212,4 +212,7 @@ pub struct Completed {
     /// What the link has carried and cost.
     #[serde(default)]
     pub link: Option<Box<LinkReport>>,
+    /// What a pushed image is called at the peer; absent for a VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
 }

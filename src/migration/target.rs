@@ -17,9 +17,11 @@ use super::handover::{TargetEvent, TargetState};
 use super::items::{self, DiskWork, QUEUED_ITEMS_MAX, Received, queue};
 use super::job::Site;
 use super::journal::Record;
+use super::known::Known;
 use super::memory::{self, MemoryReceiver, MemoryWork};
 use super::message::{JobId, MAX_DISKS, Open, Purpose, ToSource, ToTarget, Token};
 use super::points;
+use super::push;
 use super::settle::{self, Arriving};
 use crate::hypervisor::{DiskInfo, VmSpec};
 
@@ -61,6 +63,13 @@ pub async fn serve(
                 Ok(false) => return (last, Ok(())),
                 Err(error) => Err(error),
             }
+        }
+        ToTarget::OpenImage(open) => {
+            let arriving =
+                push::receive(site, attempts, peer, &open, session, &control, &mut messages);
+            let outcome = arriving.await;
+            last.talk = Some((None, control, messages));
+            return (last, outcome);
         }
         ToTarget::Open(open) => match admit(site, attempts, peer, &open).await {
             Ok((Some(entered), spec, infos)) => {
@@ -248,6 +257,7 @@ impl<'a> Arrival<'a> {
     ) -> Result<(), MigrationError> {
         let incoming = self.site.host.incoming_disks(self.spec, &infos).await?;
         let known = self.site.host.known_images().await?;
+        let known = Known::of(known, self.site.index.clone()).await;
         let disks = DiskReceiver::open(self.peer, infos, incoming, known).await?;
         let at_generation: Vec<bool> = self
             .since

@@ -182,7 +182,7 @@ impl Pair {
 }
 
 /// What the build wrote down beside an image.
-fn checksum(image: &Path) -> String {
+pub(crate) fn checksum(image: &Path) -> String {
     let mut name = image.as_os_str().to_owned();
     name.push(".sha256");
     std::fs::read_to_string(name).unwrap_or_default().trim().to_owned()

@@ -8,7 +8,8 @@ use longhaul_dedup::{
     bundle::{BundlePart, ChunkBundle},
     compress::{Packed, decompress},
     delta::{self, Delta},
-    offer::{Answer, BlockList, Offer},
+    offer::{Answer, Bases, BlockList, Offer},
+    patch::{Base, Patch},
     summary::Summaries,
 };
 
@@ -17,7 +18,7 @@ const MAX_UNPACKED: usize = 1 << 20;
 fuzz_target!(|input: &[u8]| {
     let Some((choice, message)) = input.split_first() else { return };
     let bytes = Bytes::copy_from_slice(message);
-    match choice % 7 {
+    match choice % 9 {
         0 => {
             if let Ok(offer) = Offer::decode(message) {
                 assert_eq!(offer.encode(), bytes);
@@ -56,6 +57,26 @@ fuzz_target!(|input: &[u8]| {
                 && let Ok(data) = decompress(&packed, MAX_UNPACKED)
             {
                 assert_eq!(data.len(), packed.unpacked_len());
+            }
+        }
+        6 => {
+            let Some((pieces, bases)) = message.split_first() else { return };
+            if let Ok(found) = Bases::decode(bases, usize::from(*pieces)) {
+                assert_eq!(found.encode(), bases);
+            }
+        }
+        7 => {
+            // What it is made of: some bytes, which blocks are wanted, and a patch.
+            let Some((wanted, patch)) = message.split_first() else { return };
+            let wanted: Vec<bool> = (0..8).map(|bit| wanted >> bit & 1 == 1).collect();
+            let base = Base::of(&[bytes.clone(), Bytes::from(vec![7; 3000])]);
+            if let Ok(patch) = Patch::decode(&bytes.slice_ref(patch)) {
+                assert_eq!(Patch::decode(&patch.encode()), Ok(patch.clone()));
+                for len in [4096, 30_000, 32_768] {
+                    if let Ok(blocks) = patch.apply(&base, len, &wanted) {
+                        assert!(blocks.len() <= 8);
+                    }
+                }
             }
         }
         _ => {

@@ -10,8 +10,9 @@ use std::ops::Range;
 use crate::{
     blocks::ShortId,
     cursor::{Cursor, DecodeError},
+    grains::GrainId,
     id::ChunkId,
-    recipe::{Completed, ImageIdentity, RecipeEntry, Sample},
+    recipe::{Completed, GrainSample, ImageIdentity, RecipeEntry, Sample},
 };
 
 pub(super) const MAGIC: [u8; 8] = *b"LHRECIPE";
@@ -27,6 +28,7 @@ const CHECK_BYTES: usize = 16;
 const ENTRY_BYTES: usize = 8 + 4 + ChunkId::BYTES;
 const RANGE_BYTES: usize = 8 + 8;
 const SAMPLE_BYTES: usize = 8 + ShortId::BYTES;
+const GRAIN_BYTES: usize = 8 + GrainId::BYTES;
 const COMPLETE_BYTES: usize = 8 + 8 + 8 + 8;
 
 const KIND_ENTRIES: u8 = 1;
@@ -34,6 +36,7 @@ const KIND_VOID: u8 = 2;
 const KIND_COMPLETE: u8 = 3;
 const KIND_ZEROS: u8 = 4;
 const KIND_SAMPLES: u8 = 5;
+const KIND_GRAINS: u8 = 6;
 
 /// One record of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +45,7 @@ pub(super) enum Record {
     Void(Vec<Range<u64>>),
     Zeros(Vec<Range<u64>>),
     Samples(Vec<Sample>),
+    Grains(Vec<GrainSample>),
     Complete(Completed),
 }
 
@@ -91,6 +95,7 @@ pub(super) fn encode_record(at: u64, record: &Record) -> Vec<u8> {
         Record::Void(ranges) => (KIND_VOID, ranges.len()),
         Record::Zeros(ranges) => (KIND_ZEROS, ranges.len()),
         Record::Samples(samples) => (KIND_SAMPLES, samples.len()),
+        Record::Grains(grains) => (KIND_GRAINS, grains.len()),
         Record::Complete(_) => (KIND_COMPLETE, 1),
     };
     assert!((1..=MAX_RECORD_ITEMS).contains(&count), "the log splits what it appends");
@@ -108,6 +113,12 @@ pub(super) fn encode_record(at: u64, record: &Record) -> Vec<u8> {
             for sample in samples {
                 out.extend_from_slice(&sample.offset.to_le_bytes());
                 out.extend_from_slice(sample.id.as_bytes());
+            }
+        }
+        Record::Grains(grains) => {
+            for grain in grains {
+                out.extend_from_slice(&grain.offset.to_le_bytes());
+                out.extend_from_slice(grain.id.as_bytes());
             }
         }
         Record::Void(ranges) | Record::Zeros(ranges) => {
@@ -142,6 +153,7 @@ pub(super) fn read_record(input: &mut impl Read, at: u64) -> io::Result<Option<(
         KIND_ENTRIES => ENTRY_BYTES,
         KIND_VOID | KIND_ZEROS => RANGE_BYTES,
         KIND_SAMPLES => SAMPLE_BYTES,
+        KIND_GRAINS => GRAIN_BYTES,
         _ => COMPLETE_BYTES,
     };
     // Bounded: `decode_head` checked kind and count.
@@ -160,7 +172,7 @@ fn decode_head(head: &[u8]) -> Result<(u8, usize), DecodeError> {
     let reserved = cursor.array::<3>("reserved")?;
     let count = cursor.u32("count")? as usize;
     let most = match kind {
-        KIND_ENTRIES | KIND_VOID | KIND_ZEROS | KIND_SAMPLES => MAX_RECORD_ITEMS,
+        KIND_ENTRIES | KIND_VOID | KIND_ZEROS | KIND_SAMPLES | KIND_GRAINS => MAX_RECORD_ITEMS,
         KIND_COMPLETE => 1,
         _ => return Err(DecodeError::Invalid { what: "kind" }),
     };
@@ -190,6 +202,14 @@ fn decode_body(kind: u8, count: usize, body: &[u8]) -> Result<Record, DecodeErro
                 samples.push(Sample { offset, id: ShortId::from_bytes(cursor.array("id")?) });
             }
             Record::Samples(samples)
+        }
+        KIND_GRAINS => {
+            let mut grains = Vec::with_capacity(count);
+            for _ in 0..count {
+                let offset = cursor.u64("offset")?;
+                grains.push(GrainSample { offset, id: GrainId::from_bytes(cursor.array("id")?) });
+            }
+            Record::Grains(grains)
         }
         KIND_VOID | KIND_ZEROS => {
             let mut ranges = Vec::with_capacity(count);

@@ -17,8 +17,8 @@ use std::{
 };
 
 use super::{
-    Completed, HeaderError, ImageIdentity, MAX_RECIPE_ENTRIES, ReadError, Recipe, RecipeEntry,
-    Sample,
+    Completed, GrainSample, HeaderError, ImageIdentity, MAX_GRAINS, MAX_RECIPE_ENTRIES, ReadError,
+    Recipe, RecipeEntry, Sample,
     format::{self, MAX_RECORD_ITEMS, Record},
 };
 
@@ -142,6 +142,14 @@ impl RecipeLog {
         self.write(records(samples.iter().copied(), Record::Samples).collect())
     }
 
+    /// Records samples of grains that lie in what was written. They are let go where there are too
+    /// many already: what is not recorded is not found similar, and no more.
+    pub fn append_grains(&mut self, grains: &[GrainSample]) -> Result<(), RecipeError> {
+        let room = MAX_GRAINS.saturating_sub(self.recipe.grains.len());
+        let kept = grains.iter().copied().take(room);
+        self.write(records(kept, Record::Grains).collect())
+    }
+
     /// Records that these parts of the image are zeros now.
     pub fn append_zeros(
         &mut self,
@@ -194,7 +202,8 @@ impl RecipeLog {
             // Samples last: what is recorded of their blocks before does not drop them.
             let records = records(recipe.entries(), Record::Entries)
                 .chain(records(recipe.zeros(), Record::Zeros))
-                .chain(records(recipe.samples(), Record::Samples));
+                .chain(records(recipe.samples(), Record::Samples))
+                .chain(records(recipe.grains(), Record::Grains));
             for record in records {
                 at = put(&format::encode_record(at, &record))?;
             }
@@ -223,6 +232,7 @@ impl RecipeLog {
                 Record::Entries(part) => part.len(),
                 Record::Zeros(part) | Record::Void(part) => part.len(),
                 Record::Samples(part) => part.len(),
+                Record::Grains(part) => part.len(),
                 Record::Complete(_) => 0,
             };
             let record_bytes = format::encode_record(at, record);
@@ -260,6 +270,10 @@ impl RecipeLog {
                 .iter()
                 .find(|sample| sample.offset >= self.recipe.image_bytes)
                 .map(|sample| sample.offset..sample.offset.saturating_add(1)),
+            Record::Grains(grains) => grains
+                .iter()
+                .find(|grain| grain.offset >= self.recipe.image_bytes)
+                .map(|grain| grain.offset..grain.offset.saturating_add(1)),
             Record::Void(ranges) | Record::Zeros(ranges) => ranges
                 .iter()
                 .find(|range| range.start >= range.end || range.end > self.recipe.image_bytes)

@@ -24,17 +24,18 @@ use super::launch::{QemuHandle, launch, running_vms};
 use super::probe::QemuFacts;
 use super::source::QemuSource;
 use super::target::QemuTarget;
-use super::{check, status};
-use crate::hypervisor::spec::DiskSpec;
+use super::{check, pool, status};
 use crate::hypervisor::spec::host::{HostPolicy, ResolvedVm, resolve};
+use crate::hypervisor::spec::{DiskSpec, ImageLocation};
 use crate::hypervisor::{
-    DiskInfo, Host, HypervisorError, ImageFile, IncomingDisk, RunState, SourceVm, TargetVm, VmSpec,
+    DiskInfo, DiskView, Host, HypervisorError, ImageFile, IncomingDisk, IncomingImage, RunState,
+    SourceVm, TargetVm, VmSpec,
 };
 
 /// Suffix of the mark beside an image that is arriving.
 const INCOMING_SUFFIX: &str = ".longhaul-incoming";
 /// Suffix of the record beside an image; `dedup` keeps it.
-const RECIPE_SUFFIX: &str = ".longhaul-recipe";
+pub(super) const RECIPE_SUFFIX: &str = ".longhaul-recipe";
 /// Images that are considered as places to copy from.
 const KNOWN_IMAGES_MAX: usize = 4096;
 
@@ -232,6 +233,27 @@ impl Host for QemuHost {
         Ok(known)
     }
 
+    async fn image(&self, path: &Path) -> Result<Box<dyn DiskView>, HypervisorError> {
+        pool::view(&self.tools, path).await
+    }
+
+    async fn incoming_image(
+        &self,
+        place: &ImageLocation,
+        bytes: u64,
+        replace: bool,
+    ) -> Result<IncomingImage, HypervisorError> {
+        pool::incoming(&self.policy, &self.tools, place, bytes, replace).await
+    }
+
+    async fn settle_image(
+        &self,
+        place: &ImageLocation,
+        replace: bool,
+    ) -> Result<PathBuf, HypervisorError> {
+        pool::settle(&self.policy, place, replace)
+    }
+
     async fn prepare(&self, vm: &VmSpec) -> Result<Arc<dyn TargetVm>, HypervisorError> {
         let resolved = self.resolve(vm)?;
         let handle = launch(&resolved, Role::Incoming, &self.policy.run_dir).await?;
@@ -287,7 +309,7 @@ impl Host for QemuHost {
     }
 }
 
-fn beside(image: &Path, suffix: &str) -> PathBuf {
+pub(super) fn beside(image: &Path, suffix: &str) -> PathBuf {
     let mut path = image.as_os_str().to_owned();
     path.push(suffix);
     path.into()

@@ -133,6 +133,15 @@ pub async fn open_image(
     })
 }
 
+/// Whether a QEMU, or a tool of QEMU's, has an image open, as far as this host can tell.
+///
+/// # Errors
+///
+/// If the file cannot be opened.
+pub(super) fn is_in_use(path: &Path) -> io::Result<bool> {
+    locks::held_by_qemu(&File::open(path)?)
+}
+
 /// QEMU's tools read `nbd:..` and the like as other things than files; an absolute path is always
 /// a file.
 fn check_path(path: &Path) -> Result<(), HypervisorError> {

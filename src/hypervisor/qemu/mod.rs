@@ -10,6 +10,7 @@ pub mod image;
 pub mod launch;
 pub mod memory;
 pub mod nbd;
+mod pool;
 pub mod probe;
 pub mod qmp;
 pub mod ramstream;

@@ -10,9 +10,8 @@ use std::ops::Range;
 use bytes::Bytes;
 use longhaul_dedup::blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, ShortId, hash_blocks, id_of_blocks};
 use longhaul_dedup::pages::PageHash;
+use longhaul_dedup::patch::{Base, Patch};
 use longhaul_dedup::recipe::RecipeEntry;
-
-use super::PARCELS_UNDER_WAY;
 
 /// Bytes of found blocks that are held for pieces which miss others; beyond it whole pieces are asked
 /// for.
@@ -21,7 +20,7 @@ const FOUND_BYTES_MAX: u64 = 128 << 20;
 const HELD_BYTES_MAX: u64 = FOUND_BYTES_MAX + (64 << 20);
 /// Blocks of pieces that are being put together. What was sent for older parcels may be overtaken by
 /// what is asked about newer ones.
-const BLOCKS_MAX: usize = 4 * PARCELS_UNDER_WAY * longhaul_dedup::blocks::PARCEL_BLOCKS;
+const BLOCKS_MAX: usize = 1 << 20;
 /// Different blocks on their way that others may wait for.
 const ON_WAY_MAX: usize = 1 << 18;
 
@@ -57,6 +56,14 @@ impl Slot {
 struct Assembly {
     entry: RecipeEntry,
     slots: Vec<Slot>,
+    named: Option<Box<Named>>,
+}
+
+/// What the source was told of a piece.
+#[derive(Debug)]
+struct Named {
+    base: Base,
+    wanted: Vec<bool>,
 }
 
 /// A piece that is complete.
@@ -100,7 +107,8 @@ pub(super) struct Assemblies {
 
 impl Assembly {
     fn held(&self) -> u64 {
-        self.slots.iter().map(Slot::held).sum()
+        let base = self.named.as_ref().map_or(0, |named| named.base.bytes());
+        self.slots.iter().map(Slot::held).sum::<u64>() + base
     }
 
     /// What it came to, once no block is missing.
@@ -147,9 +155,11 @@ impl Assemblies {
         ids: &[ShortId],
         found: Vec<Slot>,
     ) -> Result<(Vec<bool>, Option<MadePiece>), Misuse> {
-        let assembly = match (Assembly { entry, slots: found }).finish() {
+        let assembly = match (Assembly { entry, slots: found, named: None }).finish() {
             Ok(Made::Right(made)) => return Ok((vec![false; ids.len()], Some(made))),
-            Ok(Made::Wrong(entry)) => Assembly { entry, slots: vec![Slot::Missing; ids.len()] },
+            Ok(Made::Wrong(entry)) => {
+                Assembly { entry, slots: vec![Slot::Missing; ids.len()], named: None }
+            }
             Err(assembly) => assembly,
         };
         let key = (disk, entry.offset);
@@ -187,6 +197,41 @@ impl Assemblies {
         Ok((wanted, None))
     }
 
+    /// Keeps what is similar to a piece that was begun, and of which these blocks are wanted.
+    pub(super) fn set_base(&mut self, disk: u16, offset: u64, base: Base, wanted: &[bool]) {
+        if let Some(assembly) = self.open.get_mut(&(disk, offset)) {
+            self.held += base.bytes();
+            assembly.named = Some(Box::new(Named { base, wanted: wanted.to_vec() }));
+        }
+    }
+
+    /// Takes in a patch that was sent; gives the pieces that are complete now. One that makes something
+    /// else than the piece is no misuse: grains are told apart by little.
+    pub(super) fn put_patch(
+        &mut self,
+        disk: u16,
+        offset: u64,
+        patch: &Patch,
+    ) -> Result<Vec<(u16, Made)>, Misuse> {
+        let key = (disk, offset);
+        let assembly = self.open.get_mut(&key).ok_or(Misuse::Unasked(offset))?;
+        let Named { base, wanted } = *assembly.named.take().ok_or(Misuse::Unasked(offset))?;
+        self.held -= base.bytes();
+        let entry = assembly.entry;
+        let Ok(blocks) = patch.apply(&base, entry.len as usize, &wanted) else {
+            self.remove(key);
+            return Ok(vec![(disk, Made::Wrong(entry))]);
+        };
+        let places = (0..wanted.len()).filter(|block| wanted[*block]);
+        let mut made = Vec::new();
+        for (block, data) in places.zip(blocks) {
+            // One block has one hash.
+            let hash = hash_blocks(&data)[0];
+            self.fill_all(key, block, hash, data, &mut made);
+        }
+        self.checked(made)
+    }
+
     /// Takes in blocks that were sent; gives the pieces that are complete now.
     pub(super) fn put(
         &mut self,
@@ -209,18 +254,30 @@ impl Assemblies {
         for (block, hash) in hash_blocks(data).into_iter().enumerate() {
             let at = block * BLOCK_BYTES;
             let content = data.slice(at..data.len().min(at + BLOCK_BYTES));
-            for (disk, offset, block) in self.on_way.remove(&ShortId::of(&hash)).unwrap_or_default()
-            {
-                // A copy of its own: it must not keep a whole bundle in memory.
-                let content = Bytes::copy_from_slice(&content);
-                made.extend(self.fill((disk, offset), block, Slot::Here(hash, content)));
-            }
-            made.extend(self.fill(key, first + block, Slot::Here(hash, content)));
+            self.fill_all(key, first + block, hash, content, &mut made);
         }
-        if self.held > HELD_BYTES_MAX {
-            return Err(Misuse::TooMuch);
+        self.checked(made)
+    }
+
+    fn checked(&self, made: Vec<(u16, Made)>) -> Result<Vec<(u16, Made)>, Misuse> {
+        if self.held > HELD_BYTES_MAX { Err(Misuse::TooMuch) } else { Ok(made) }
+    }
+
+    /// Fills a slot, and those that wait for the same block.
+    fn fill_all(
+        &mut self,
+        key: (u16, u64),
+        block: usize,
+        hash: PageHash,
+        content: Bytes,
+        made: &mut Vec<(u16, Made)>,
+    ) {
+        for (disk, offset, other) in self.on_way.remove(&ShortId::of(&hash)).unwrap_or_default() {
+            // A copy of its own: it must not keep a whole bundle in memory.
+            let content = Bytes::copy_from_slice(&content);
+            made.extend(self.fill((disk, offset), other, Slot::Here(hash, content)));
         }
-        Ok(made)
+        made.extend(self.fill(key, block, Slot::Here(hash, content)));
     }
 
     fn fill(&mut self, key: (u16, u64), block: usize, with: Slot) -> Option<(u16, Made)> {

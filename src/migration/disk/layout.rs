@@ -9,6 +9,9 @@ use std::ops::Range;
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, StreamExt};
 use longhaul_dedup::blocks::{self, BLOCK_BYTES, PARCEL_BYTES, Scan};
+use longhaul_dedup::grains::{self, GrainId};
+use longhaul_dedup::offer::MAX_SAMPLES;
+use longhaul_dedup::recipe::GrainSample;
 use longhaul_dedup::summary::{Summary, parcel_range};
 
 use super::super::error::MigrationError;
@@ -104,6 +107,11 @@ impl Layout {
         bytes_of(&self.data) + bytes_of(&self.zeros)
     }
 
+    /// Whether it is all of the disk.
+    pub(super) fn is_whole(&self) -> bool {
+        self.covered() == self.bytes
+    }
+
     /// What it has of a parcel, if the disk has that.
     pub(super) fn part(&self, parcel: u64) -> Option<Part> {
         let place = parcel_range(parcel, self.bytes)?;
@@ -185,6 +193,34 @@ impl Parcel {
     /// Bytes of its zeros.
     pub(super) fn zero_bytes(&self) -> u64 {
         bytes_of(&self.zeros)
+    }
+
+    /// Samples of its grains: of runs of pieces, so that none goes over zeros.
+    pub(super) fn grains(&self) -> Vec<GrainSample> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for piece in &self.scan.pieces {
+            push(&mut runs, piece.offset..piece.offset + u64::from(piece.len));
+        }
+        let of_run = |run: Range<u64>| {
+            let data = self.kept(run.start, (run.end - run.start) as u32).unwrap_or_default();
+            let sample = |(at, id)| GrainSample { offset: run.start + at as u64, id };
+            grains::samples(&data).map(sample).collect::<Vec<_>>()
+        };
+        runs.into_iter().flat_map(of_run).collect()
+    }
+
+    /// Samples of the grains of some of its pieces, as a list of their blocks has them. None of what
+    /// was not kept.
+    pub(super) fn samples_of(&self, pieces: &[usize]) -> Vec<(u64, GrainId)> {
+        let mut begin = 0;
+        let mut samples = Vec::new();
+        for piece in pieces.iter().map(|piece| &self.scan.pieces[*piece]) {
+            let data = self.kept(piece.offset, piece.len).unwrap_or_default();
+            samples.extend(grains::samples(&data).map(|(at, id)| (begin + at as u64, id)));
+            begin += u64::from(piece.len);
+        }
+        samples.truncate(MAX_SAMPLES);
+        samples
     }
 
     /// These bytes of its data, if they were kept.

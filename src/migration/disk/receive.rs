@@ -12,21 +12,26 @@ use bytes::{Bytes, BytesMut};
 use longhaul_dedup::blocks::{self, BLOCK_BYTES, ShortId};
 use longhaul_dedup::bundle::{BundlePart, ChunkBundle};
 use longhaul_dedup::chunk::{self, VerifiedChunk};
+use longhaul_dedup::grains;
 use longhaul_dedup::id::ChunkId;
-use longhaul_dedup::offer::{Answer, BlockList, Offer};
+use longhaul_dedup::offer::{Answer, Bases, BlockList, MAX_NAMES, Offer};
 use longhaul_dedup::pages::PageHash;
-use longhaul_dedup::recipe::{ImageIdentity, RecipeEntry, RecipeError, RecipeLog, Sample};
+use longhaul_dedup::patch::Patch;
+use longhaul_dedup::recipe::{
+    GrainSample, ImageIdentity, RecipeEntry, RecipeError, RecipeLog, Sample,
+};
 use longhaul_dedup::summary::{Summaries, Summary, parcel_range};
 use longhaul_dedup::zeros::{ZERO_GRANULARITY, split_zero_runs};
 
 use super::super::error::MigrationError;
+use super::super::known::Known;
 use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
 use super::PARCELS_UNDER_WAY;
 use super::assemble::{Assemblies, Made, MadePiece, Slot};
 use super::find::{Finder, Shift};
 use super::layout::Layout;
 use super::record;
-use crate::hypervisor::{DiskImage, DiskInfo, ImageFile, IncomingDisk};
+use crate::hypervisor::{DiskImage, DiskInfo, IncomingDisk};
 
 /// Pieces that are waited for at several places; beyond it a repeated piece is asked for again.
 const WAITING_MAX: usize = 1 << 16;
@@ -82,9 +87,10 @@ impl DiskReceiver {
         peer: &str,
         infos: Vec<DiskInfo>,
         incoming: Vec<IncomingDisk>,
-        known: Vec<ImageFile>,
+        known: Known,
     ) -> Result<Self, MigrationError> {
-        let mut finder = Finder::new(incoming.len());
+        let mut finder = Finder::new(incoming.len(), known.places);
+        finder.add_grains_of_others();
         let mut disks = Vec::new();
         for (number, (info, incoming)) in infos.into_iter().zip(incoming).enumerate() {
             let recipe = RecipeLog::path_for(&incoming.path);
@@ -109,7 +115,7 @@ impl DiskReceiver {
                 fresh: incoming.fresh,
             });
         }
-        for image in known {
+        for image in known.images {
             if !disks.iter().any(|disk| disk.path == image.path) {
                 finder.add_other(&image);
             }
@@ -156,7 +162,8 @@ impl DiskReceiver {
         body: Bytes,
     ) -> Result<Option<ToSource>, MigrationError> {
         let want = |item, wanted, plain| {
-            Some(ToSource::Want { item, wanted: Answer(wanted).encode(), plain })
+            let wanted = Answer(wanted).encode();
+            Some(ToSource::Want { item, wanted, plain, bases: Vec::new() })
         };
         let answer = match *header {
             BulkHeader::Summaries { item } => {
@@ -171,8 +178,9 @@ impl DiskReceiver {
             }
             BulkHeader::Blocks { item } => {
                 let list = BlockList::decode(&body).map_err(|error| self.bad(error))?;
-                let wanted = self.look_for_blocks(&list).await?;
-                want(item, wanted, false)
+                let (wanted, bases) = self.look_for_blocks(list).await?;
+                let (wanted, bases) = (Answer(wanted).encode(), bases.encode());
+                Some(ToSource::Want { item, wanted, plain: false, bases })
             }
             BulkHeader::End { item, disk } => {
                 self.check_disk(disk)?;
@@ -245,7 +253,12 @@ impl DiskReceiver {
         let entries = found.scan.pieces.iter().map(blocks::Piece::entry);
         if !known.is_some_and(|known| known.into_iter().eq(entries)) {
             record::note(&mut disk.log, &found.scan, &found.zeros).map_err(recipe_error)?;
+            let cutting = tokio::task::spawn_blocking(move || (found.grains(), found));
+            let (grains, found) = cutting.await.expect("cutting does not panic");
+            disk.log.append_grains(&grains).map_err(recipe_error)?;
             self.finder.add_scan(number, &found.scan);
+            self.finder.add_grains(number, grains.into_iter());
+            return Ok(found.summary());
         }
         Ok(found.summary())
     }
@@ -296,8 +309,11 @@ impl DiskReceiver {
         Ok((wanted, false))
     }
 
-    /// Which blocks of offered pieces are not here.
-    async fn look_for_blocks(&mut self, list: &BlockList) -> Result<Vec<bool>, MigrationError> {
+    /// Which blocks of offered pieces are not here, and what is similar to those that are not.
+    async fn look_for_blocks(
+        &mut self,
+        list: BlockList,
+    ) -> Result<(Vec<bool>, Bases), MigrationError> {
         let Some(Offered { disk, pieces }) = self.offered.remove(&list.offer) else {
             return Err(self.bad(format!("it names blocks of item {}, no open offer", list.offer)));
         };
@@ -306,31 +322,51 @@ impl DiskReceiver {
         }
         let mut wanted = Vec::with_capacity(list.blocks.len());
         let mut ids: &[ShortId] = &list.blocks;
+        let mut samples = list.samples.into_iter().peekable();
+        let mut bases = Bases::default();
+        let (mut begin, mut names_left) = (0, MAX_NAMES);
         // Everything is read before anything is written: the places may be of one image.
         let mut all_made = Vec::new();
-        for (entry, shifts) in pieces {
+        for (number, (entry, mut shifts)) in pieces.into_iter().enumerate() {
+            let end = begin + u64::from(entry.len);
+            let of_piece = std::iter::from_fn(|| samples.next_if(|(at, _)| *at < end));
+            let samples: Vec<_> = of_piece.map(|(at, id)| (at - begin, id)).collect();
+            begin = end;
             let (here, rest) = ids.split_at(entry.blocks());
             ids = rest;
-            let found = if self.assemblies.has_room() {
-                self.finder.blocks(&self.disks, disk, &entry, here, shifts).await
+            let has_room = self.assemblies.has_room();
+            let found = if has_room {
+                self.finder.blocks(&self.disks, disk, &entry, here, &mut shifts).await
             } else {
                 vec![Slot::Missing; here.len()]
             };
+            let base = if has_room && found.contains(&Slot::Missing) {
+                let of = (&found[..], &samples[..]);
+                self.finder.base(&self.disks, disk, &entry, of, &shifts).await
+            } else {
+                None
+            };
             let begun = self.assemblies.begin(disk, entry, here, found);
             let (mut bits, made) = begun.map_err(|error| self.bad(error))?;
+            if let Some(base) = base.filter(|base| base.len() <= names_left && bits.contains(&true))
+            {
+                names_left -= base.len();
+                bases.0.push((number, base.names()));
+                self.assemblies.set_base(disk, entry.offset, base, &bits);
+            }
             wanted.append(&mut bits);
             all_made.extend(made);
         }
         for made in all_made {
             self.write_made(disk, made).await?;
         }
-        Ok(wanted)
+        Ok((wanted, bases))
     }
 
     /// Looks for a piece, or notes that it is waited for.
     async fn find(&mut self, number: u16, entry: &RecipeEntry) -> Found {
         let disk = &self.disks[usize::from(number)];
-        let mut places = self.finder.pieces(entry);
+        let mut places = self.finder.pieces(entry).await;
         // Where it has to be, first: there is nothing to write then.
         if disk.log.recipe().at(entry.offset) == Some(*entry) {
             places.retain(|place| (place.image, place.offset) != (number, entry.offset));
@@ -390,13 +426,24 @@ impl DiskReceiver {
                 }
                 BundlePart::Blocks { offset, data } => {
                     let made = self.assemblies.put(number, offset, &data);
-                    for (number, made) in made.map_err(|error| self.bad(error))? {
-                        match made {
-                            Made::Right(made) => self.write_made(number, made).await?,
-                            Made::Wrong(entry) => self.lacking.push((number, entry)),
-                        }
-                    }
+                    self.write_right(made.map_err(|error| self.bad(error))?).await?;
                 }
+                BundlePart::Patch { offset, data } => {
+                    let patch = Patch::decode(&data).map_err(|error| self.bad(error))?;
+                    let made = self.assemblies.put_patch(number, offset, &patch);
+                    self.write_right(made.map_err(|error| self.bad(error))?).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes those complete pieces that are what they should be; the others are asked for again.
+    async fn write_right(&mut self, all_made: Vec<(u16, Made)>) -> Result<(), MigrationError> {
+        for (number, made) in all_made {
+            match made {
+                Made::Right(made) => self.write_made(number, made).await?,
+                Made::Wrong(entry) => self.lacking.push((number, entry)),
             }
         }
         Ok(())
@@ -417,12 +464,19 @@ impl DiskReceiver {
     async fn write_made(&mut self, number: u16, made: MadePiece) -> Result<(), MigrationError> {
         let entry = made.entry;
         self.overwrites(number, &(entry.offset..entry.offset + u64::from(entry.len)));
+        let place = entry.offset..entry.offset + u64::from(entry.len);
+        let mut grains: Vec<GrainSample> =
+            self.disks[usize::from(number)].log.recipe().grains_in(place).collect();
         for (offset, run) in made.writes {
             let mut data = BytesMut::with_capacity(run.len() * BLOCK_BYTES);
             run.iter().for_each(|block| data.extend_from_slice(block));
-            self.put(number, offset, data.freeze()).await?;
+            let data = data.freeze();
+            let written = offset..offset + data.len() as u64;
+            grains.retain(|grain| !written.contains(&grain.offset));
+            grains.extend(grains_at(offset, &data));
+            self.put(number, offset, data).await?;
         }
-        self.note(number, &entry, &made.hashes)?;
+        self.note(number, &entry, &made.hashes, &grains)?;
         if self.waiting.contains_key(&entry.id) {
             let disk = &self.disks[usize::from(number)];
             let data = disk.image.read(entry.offset, entry.len).await?;
@@ -462,7 +516,7 @@ impl DiskReceiver {
                 self.put(number, entry.offset + start as u64, data.slice(start..end)).await?;
             }
         }
-        self.note(number, entry, chunk.hashes())?;
+        self.note(number, entry, chunk.hashes(), &grains_at(entry.offset, chunk.data()))?;
         self.flush_some().await
     }
 
@@ -475,7 +529,7 @@ impl DiskReceiver {
     ) -> Result<(), MigrationError> {
         self.overwrites(number, &(entry.offset..entry.offset + u64::from(entry.len)));
         self.put(number, entry.offset, chunk.data().clone()).await?;
-        self.note(number, entry, chunk.hashes())?;
+        self.note(number, entry, chunk.hashes(), &grains_at(entry.offset, chunk.data()))?;
         self.flush_some().await
     }
 
@@ -500,12 +554,15 @@ impl DiskReceiver {
         number: u16,
         entry: &RecipeEntry,
         hashes: &[PageHash],
+        grains: &[GrainSample],
     ) -> Result<(), MigrationError> {
         let samples: Vec<Sample> = blocks::samples(entry.offset, hashes).collect();
         let log = &mut self.disks[usize::from(number)].log;
         log.append(&[*entry]).map_err(recipe_error)?;
         log.append_samples(&samples).map_err(recipe_error)?;
+        log.append_grains(grains).map_err(recipe_error)?;
         self.finder.add_piece(number, entry);
+        self.finder.add_grains(number, grains.iter().copied());
         Ok(())
     }
 
@@ -590,6 +647,12 @@ impl DiskReceiver {
     fn bad(&self, detail: impl ToString) -> MigrationError {
         MigrationError::protocol(&self.peer, detail)
     }
+}
+
+/// Samples of the grains of what lies at this byte.
+fn grains_at(offset: u64, data: &[u8]) -> Vec<GrainSample> {
+    let sample = |(at, id)| GrainSample { offset: offset + at as u64, id };
+    grains::samples(data).map(sample).collect()
 }
 
 /// Where a piece is.

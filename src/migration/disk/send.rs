@@ -17,7 +17,9 @@ use longhaul_dedup::blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, Piece, ShortId, hash_
 use longhaul_dedup::bundle::{BundlePart, ChunkBundle, MAX_BUNDLE_PARTS};
 use longhaul_dedup::chunk::RawChunk;
 use longhaul_dedup::compress::Compressor;
-use longhaul_dedup::offer::{Answer, BlockList, Offer};
+use longhaul_dedup::grains::GrainName;
+use longhaul_dedup::offer::{Answer, Bases, BlockList, Offer};
+use longhaul_dedup::patch::Patch;
 use longhaul_dedup::summary::{MAX_SUMMARIES, Summaries, Summary};
 use longhaul_transport::Class;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
@@ -28,7 +30,7 @@ use super::super::link::Link;
 use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
 use super::super::meter::Meter;
 use super::PARCELS_UNDER_WAY;
-use super::layout::{Layout, Parcel};
+use super::layout::{Layout, Parcel, Part};
 use super::record::ImageRecord;
 use crate::hypervisor::DiskView;
 
@@ -41,6 +43,8 @@ const KEPT_BYTES: usize = 64 << 20;
 const SUMMARIES_AT_ONCE: usize = 32;
 /// Pieces that are read again at once.
 const READS_AHEAD: usize = 8;
+/// A patch saves at least one of so many bytes: it is compressed less well than what it stands for.
+const PATCH_WORTHWHILE: usize = 16;
 /// Payload bytes compressed as one.
 const BUNDLE_BYTES: u64 = 1 << 20;
 /// How full the queue before the link is taken to be: QUIC's back-pressure does not tell.
@@ -75,10 +79,10 @@ enum Question {
 
 /// Sends views of one VM's disks.
 pub(in super::super) struct DiskSender<'a> {
-    link: &'a Link,
-    meter: &'a Meter,
+    pub(super) link: &'a Link,
+    pub(super) meter: &'a Meter,
     coding: &'a Coding,
-    record: &'a ImageRecord,
+    pub(super) record: &'a ImageRecord,
     /// See [`KEPT_BYTES`].
     kept_bytes: usize,
 }
@@ -110,8 +114,12 @@ impl<'a> DiskSender<'a> {
     ) -> Result<(), MigrationError> {
         let layout = Layout::of(&view.extents().await?, view.info().bytes);
         self.meter.expect(layout.covered());
+        let mut parts: Vec<Part> = layout.parts().collect();
+        if how == How::Offer {
+            parts = self.recall(disk, parts, class).await?;
+        }
         let kept_bytes = Arc::new(Semaphore::new(self.kept_bytes));
-        let mut parcels = stream::iter(layout.parts())
+        let mut parcels = stream::iter(parts)
             .map(|part| part.read(|offset, len| view.read(offset, len)))
             .buffered(PARCELS_AHEAD);
         let sending = Disk {
@@ -155,9 +163,23 @@ impl<'a> DiskSender<'a> {
         };
         match how {
             How::Push => offering.await,
-            How::Offer => tokio::try_join!(offering, sending.hear()).map(|_| ()),
+            How::Offer => {
+                tokio::try_join!(offering, sending.hear())?;
+                if layout.is_whole() {
+                    self.record.is_whole(disk);
+                }
+                Ok(())
+            }
         }
     }
+}
+
+/// A piece of which the target wants something.
+struct Asked<'a> {
+    piece: &'a Piece,
+    wanted: &'a [bool],
+    /// Names of the grains of what is similar there.
+    base: Option<Vec<GrainName>>,
 }
 
 /// Parcels side by side whose summaries go together.
@@ -280,8 +302,8 @@ impl Disk<'_> {
                     }
                 };
                 match answer {
-                    ToSource::Want { item, wanted, plain } => {
-                        self.answered(item, &wanted, plain).await?;
+                    ToSource::Want { item, wanted, plain, bases } => {
+                        self.answered(item, &wanted, plain, &bases).await?;
                     }
                     ToSource::Lacking { pieces, .. } => break pieces,
                     _ => return Err(self.bad("it answers what was not asked")),
@@ -297,7 +319,13 @@ impl Disk<'_> {
         Err(self.bad("it never has what it was sent"))
     }
 
-    async fn answered(&self, item: u64, wanted: &[u8], plain: bool) -> Result<(), MigrationError> {
+    async fn answered(
+        &self,
+        item: u64,
+        wanted: &[u8],
+        plain: bool,
+        bases: &[u8],
+    ) -> Result<(), MigrationError> {
         let question = self.open.lock().await.remove(&item);
         let decode = |count| {
             let answer = Answer::decode(wanted, count).map_err(|error| self.bad(error))?;
@@ -336,7 +364,8 @@ impl Disk<'_> {
             Some(Question::Blocks(sending, pieces)) => {
                 let scan = &sending.parcel.scan;
                 let count = pieces.iter().map(|piece| scan.pieces[*piece].hashes.len()).sum();
-                self.send_blocks(&sending, &pieces, &decode(count)?).await?;
+                let bases = Bases::decode(bases, pieces.len()).map_err(|error| self.bad(error))?;
+                self.send_blocks(&sending, &pieces, &decode(count)?, bases).await?;
                 self.is_done(sending);
                 Ok(())
             }
@@ -350,10 +379,15 @@ impl Disk<'_> {
         sending: Sending,
         pieces: Vec<usize>,
     ) -> Result<(), MigrationError> {
+        let cutting = tokio::task::spawn_blocking(move || {
+            let samples = sending.parcel.samples_of(&pieces);
+            (samples, sending, pieces)
+        });
+        let (samples, sending, pieces) = cutting.await.expect("cutting does not panic");
         let scan = &sending.parcel.scan;
         let hashes = pieces.iter().flat_map(|piece| scan.pieces[*piece].hashes.clone());
         let blocks = hashes.map(|at| ShortId::of(&scan.hashes[at])).collect();
-        let body = BlockList { offer, blocks }.encode();
+        let body = BlockList { offer, blocks, samples }.encode();
         let question = Question::Blocks(sending, pieces);
         self.question(|item| BulkHeader::Blocks { item }, body, question).await
     }
@@ -403,37 +437,38 @@ impl Disk<'_> {
         Ok(())
     }
 
-    /// Sends the wanted blocks of pieces, or a whole piece if it was written meanwhile.
+    /// Sends the wanted blocks of pieces, as patches where the target has something similar, or a whole
+    /// piece if it was written meanwhile.
     async fn send_blocks(
         &self,
         sending: &Sending,
         pieces: &[usize],
         wanted: &[bool],
+        bases: Bases,
     ) -> Result<(), MigrationError> {
         let scan = &sending.parcel.scan;
         let mut rest = wanted;
+        let mut bases = bases.0.into_iter().peekable();
         let mut known = 0;
-        let mut asked: Vec<(usize, Vec<Range<usize>>)> = Vec::new();
-        for number in pieces {
+        let mut asked: Vec<Asked<'_>> = Vec::new();
+        for (at, number) in pieces.iter().enumerate() {
             let piece = &scan.pieces[*number];
             let (these, others) = rest.split_at(piece.hashes.len());
             rest = others;
+            let base = bases.next_if(|(piece, _)| *piece == at).map(|(_, names)| names);
             let sent = these.iter().filter(|wanted| **wanted).count() * BLOCK_BYTES;
             known += u64::from(piece.len).saturating_sub(sent as u64);
             if sent > 0 {
-                asked.push((*number, runs(these)));
+                asked.push(Asked { piece, wanted: these, base });
             }
         }
         self.sender.meter.disk_known(known);
-        let places: Vec<(u64, u32)> = asked
-            .iter()
-            .map(|(piece, _)| (scan.pieces[*piece].offset, scan.pieces[*piece].len))
-            .collect();
+        let places: Vec<(u64, u32)> =
+            asked.iter().map(|asked| (asked.piece.offset, asked.piece.len)).collect();
         let mut contents = stream::iter(places)
             .map(|place| self.content(Some(&sending.parcel), place))
             .buffered(READS_AHEAD);
-        for (piece, runs) in asked {
-            let piece = &scan.pieces[piece];
+        for Asked { piece, wanted, base } in asked {
             let Some(content) = contents.next().await else { break };
             let (_, data) = content?;
             // What was kept cannot have changed.
@@ -443,7 +478,13 @@ impl Disk<'_> {
                 self.put(BundlePart::Chunk { offset: piece.offset, chunk }).await?;
                 continue;
             }
-            for run in runs {
+            if let Some(base) = base
+                && let Some(patch) = self.patch(&data, wanted, base).await
+            {
+                self.put(BundlePart::Patch { offset: piece.offset, data: patch }).await?;
+                continue;
+            }
+            for run in runs(wanted) {
                 let start = run.start * BLOCK_BYTES;
                 let end = data.len().min(run.end * BLOCK_BYTES);
                 let offset = piece.offset + start as u64;
@@ -451,6 +492,21 @@ impl Disk<'_> {
             }
         }
         Ok(())
+    }
+
+    /// What makes the wanted blocks of a piece from what the target has, if that is worth it.
+    async fn patch(&self, data: &Bytes, wanted: &[bool], base: Vec<GrainName>) -> Option<Bytes> {
+        let blocks = data.chunks(BLOCK_BYTES).zip(wanted).filter(|(_, wanted)| **wanted);
+        let bytes: usize = blocks.map(|(block, _)| block.len()).sum();
+        let (data, wanted) = (data.clone(), wanted.to_vec());
+        let making = tokio::task::spawn_blocking(move || Patch::make(&data, &wanted, &base));
+        let patch = making.await.expect("looking for matches does not panic")?.encode();
+        let saved = bytes.checked_sub(patch.len())?;
+        if saved < bytes / PATCH_WORTHWHILE {
+            return None;
+        }
+        self.sender.meter.disk_known(saved as u64);
+        Some(patch)
     }
 
     /// Sends whole what did not come together at the target.

@@ -1,0 +1,190 @@
+//! Images that go to a target without a guest: what crosses the WAN, and what it costs both agents.
+//!
+//! Invariant: a row is only written of an image that was compared at the target, byte by byte, and
+//! names images by their checksums.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::guest;
+use crate::host::{AgentPair, POOL};
+use crate::interrupt;
+use crate::netns::Side;
+use crate::profile::Profile;
+use crate::row::{self, Made, Revision};
+use crate::wan::{self, Spec, Wan};
+
+/// What to send.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Plan {
+    /// The images' name, as it shall stand in rows.
+    #[arg(long)]
+    name: String,
+    /// Images that are pushed one after the other, each a row.
+    #[arg(long, value_delimiter = ',', required = true)]
+    images: Vec<PathBuf>,
+    /// Push each under a name of its own instead of in place of the one before.
+    #[arg(long)]
+    beside: bool,
+    /// Decides the WAN's losses.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Where copies of the images lie while it runs; the system's own if absent.
+    #[arg(long)]
+    scratch: Option<PathBuf>,
+    /// Where rows go.
+    #[arg(long)]
+    results: PathBuf,
+}
+
+/// One image that went to the target.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// When, how, of what and where it was made.
+    #[serde(flatten)]
+    pub made: Made,
+    /// The images' name.
+    pub pair: String,
+    /// The WAN.
+    pub profile: Profile,
+    /// Decides the WAN's losses.
+    pub seed: u64,
+    /// Number of the push, from 1: what was pushed before lies at the target.
+    pub step: usize,
+    /// Whether it has a name of its own there.
+    pub beside: bool,
+    /// SHA-256 of the image, as its build printed it; empty if it did not.
+    pub image_sha256: String,
+    /// From the command to the image having its name, in seconds.
+    pub total_s: f64,
+    /// IP bytes on the WAN in both directions.
+    pub wire_bytes: u64,
+    /// Seconds of processor time of the agents, source and target.
+    pub cpu_s: [f64; 2],
+    /// The most memory that each agent has had in its life, in bytes.
+    pub peak_rss_bytes: [u64; 2],
+    /// The product's own report.
+    pub report: Value,
+}
+
+/// Pushes the plan's images over a WAN of `profile`, and appends a row for each.
+///
+/// # Errors
+///
+/// When something of the lab or the product fails, or an image arrives as another.
+pub fn run(plan: &Plan, profile: &Profile) -> Result<()> {
+    let name = format!("push-{}", std::process::id());
+    interrupt::notice(|| {
+        let _ = wan::down(&format!("push-{}", std::process::id()));
+    })?;
+    let revision = Revision::current()?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("lhp-");
+    let scratch = match &plan.scratch {
+        Some(folder) => builder.tempdir_in(std::path::absolute(folder)?)?,
+        None => builder.tempdir()?,
+    };
+    let folders = Side::BOTH.map(|side| scratch.path().join(side.letter()));
+    for folder in &folders {
+        std::fs::create_dir(folder)?;
+    }
+    let qemu = guest::folder_of("setup/qemu", &["10.0"])?;
+    let spec = Spec { name, profile: profile.clone(), seed: plan.seed, stats_file: None };
+    let wan = Wan::up(&wan::lab_binary()?, spec)?;
+    let pair = AgentPair::start(&wan, &folders, [&qemu, &qemu], "tcg")?;
+    for (at, image) in plan.images.iter().enumerate() {
+        interrupt::check()?;
+        let row = interrupt::or_came(one(plan, profile, &revision, &wan, &pair, at, image))
+            .with_context(|| format!("while pushing {}", image.display()))?;
+        eprintln!(
+            "push {}: {:.1} s, {:.2} MiB on the wire, CPU {:.1} + {:.1} s",
+            row.step,
+            row.total_s,
+            row.wire_bytes as f64 / f64::from(1 << 20),
+            row.cpu_s[0],
+            row.cpu_s[1]
+        );
+        row::append(&plan.results, &row)?;
+    }
+    Ok(())
+}
+
+fn one(
+    plan: &Plan,
+    profile: &Profile,
+    revision: &Revision,
+    wan: &Wan,
+    pair: &AgentPair,
+    at: usize,
+    image: &Path,
+) -> Result<Row> {
+    let extension = image.extension().and_then(|end| end.to_str()).unwrap_or("raw");
+    let file = match plan.beside {
+        true => format!("image-{at}.{extension}"),
+        false => format!("image.{extension}"),
+    };
+    // Its record lies beside an image, and a cache of images is no place for it.
+    let own =
+        pair.folder(Side::A).join("images").join(image.file_name().context("an image has a name")?);
+    if !own.exists() {
+        let copied = Command::new("cp")
+            .args(["--sparse=always", "--reflink=auto", "--preserve=timestamps"])
+            .arg(image)
+            .arg(&own)
+            .status()?;
+        ensure!(copied.success(), "the image cannot be copied");
+    }
+    let pids = Side::BOTH.map(|side| pair.pid(side));
+    let (wire_before, cpu) = (wan.stats()?.wire_bytes(), pids.map(cpu_s));
+    let started = Instant::now();
+    let source = own.to_str().context("the scratch folder's name is not UTF-8")?;
+    let to = format!("{}:{POOL}/{file}", Side::B.letter());
+    let answer = pair.ask(Side::A, &["push", source, &to, "--replace"])?;
+    let total_s = started.elapsed().as_secs_f64();
+    let wire_bytes = wan.stats()?.wire_bytes() - wire_before;
+    let cpu = [0, 1].map(|side| cpu_s(pids[side]) - cpu[side]);
+    let arrived = pair.images(Side::B).join(&file);
+    ensure!(is_same(&own, &arrived)?, "the image arrived as another");
+    Ok(Row {
+        made: Made::now(revision)?,
+        pair: plan.name.clone(),
+        profile: profile.clone(),
+        seed: plan.seed,
+        step: at + 1,
+        beside: plan.beside,
+        image_sha256: crate::chunks::checksum(image),
+        total_s,
+        wire_bytes,
+        cpu_s: cpu,
+        peak_rss_bytes: pids.map(peak_rss_bytes),
+        report: answer.get("completed").unwrap_or(&answer).clone(),
+    })
+}
+
+/// Whether two images hold the same, holes not read.
+fn is_same(one: &Path, other: &Path) -> Result<bool> {
+    let qemu_img = guest::folder_of("setup/qemu", &["10.0"])?.join("bin/qemu-img");
+    let compared = Command::new(qemu_img).arg("compare").args([one, other]).output()?;
+    Ok(compared.status.success())
+}
+
+/// Processor time of a process and of those that it waited for.
+fn cpu_s(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Behind the name, which may have spaces: fields 14 to 17 of proc(5).
+    let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
+    let ticks: u64 = fields.split(' ').skip(11).take(4).filter_map(|n| n.parse::<u64>().ok()).sum();
+    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+}
+
+fn peak_rss_bytes(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok());
+    kib.unwrap_or_default() << 10
+}
