@@ -100,7 +100,7 @@ mod tests {
         let sample = Sample { offset: 0, id: ShortId::from_bytes([0; 8]) };
         log.append(&[piece(0), piece(1)]).unwrap();
         log.append_samples(&[sample]).unwrap();
-        log.void([0..4096]).unwrap();
+        log.void(Some(0..4096)).unwrap();
         log.append(&[piece(2)]).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         let read = |bytes: &[u8]| -> Vec<Claim> {

@@ -1,5 +1,6 @@
 //! Images at rest: compared by their record, without being read.
 
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::*;
@@ -17,9 +18,9 @@ fn image(ends: &Ends, data: &[u8], now: SystemTime) -> PathBuf {
 }
 
 /// Pushes the image; says how often it was read.
-async fn push(ends: Ends, guest: &Guest, path: &PathBuf) -> (Ends, Round, usize) {
+async fn push(ends: Ends, guest: &Guest, path: &Path) -> (Ends, Round, usize) {
     guest.reads.store(0, Ordering::Relaxed);
-    let record = ImageRecord::at_rest(vec![Some(path.clone())]);
+    let record = ImageRecord::at_rest(vec![Some(path.to_path_buf())]);
     record.begin(&[guest.info.bytes], true);
     let (ends, round) = ends.send_recorded(guest, How::Offer, Vec::new(), false, record).await;
     assert!(ends.has() == *guest.data.lock().unwrap(), "the image is another");
@@ -71,7 +72,7 @@ async fn what_may_be_written_to_is_read() {
     let path = image(&ends, &data, SystemTime::now());
     let guest = Guest::new(&data);
     let (ends, ..) = push(ends, &guest, &path).await;
-    let record = ImageRecord::new(vec![Some(path.clone())]);
+    let record = ImageRecord::new(vec![Some(path.to_path_buf())]);
     record.begin(&[guest.info.bytes], true);
     guest.reads.store(0, Ordering::Relaxed);
     let ends = ends_in(ends.dir).await;
