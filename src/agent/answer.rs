@@ -196,13 +196,22 @@ impl Desk {
             None => default_ms.unwrap_or(u64::MAX),
         };
         let options = MoveOptions { downtime_limit_ms, deadline_s, rate, image: None };
-        if deadline_s.is_some_and(|s| s > DEADLINE_S_MAX) {
-            return Err(Failure::refused("the deadline is more than a year away", "leave it out"));
-        }
         let in_doubt = self.is_in_doubt(&vm).await;
         let vm_known = self.registry.knows(&vm);
-        let wish = Wish { kind, vm, vm_known, in_doubt };
-        let follow = self.jobs.start(&wish, peer, options)?;
+        self.start_job(&Wish { kind, vm, vm_known, in_doubt }, peer, options, detach)
+    }
+
+    fn start_job(
+        &self,
+        wish: &Wish,
+        peer: Peer,
+        options: MoveOptions,
+        detach: bool,
+    ) -> Result<Reaction, Failure> {
+        if options.deadline_s.is_some_and(|s| s > DEADLINE_S_MAX) {
+            return Err(Failure::refused("the deadline is more than a year away", "leave it out"));
+        }
+        let follow = self.jobs.start(wish, peer, options)?;
         if detach {
             return Ok(Reaction::Answer(Box::new(Ok(Reply::Started(follow.summary())))));
         }
@@ -222,11 +231,7 @@ impl Desk {
         let options =
             MoveOptions { downtime_limit_ms: 0, deadline_s, rate, image: Some(image_job) };
         let wish = Wish { kind: JobKind::Push, vm: image, vm_known: true, in_doubt: false };
-        let follow = self.jobs.start(&wish, peer, options)?;
-        if detach {
-            return Ok(Reaction::Answer(Box::new(Ok(Reply::Started(follow.summary())))));
-        }
-        Ok(Reaction::Follow(follow))
+        self.start_job(&wish, peer, options, detach)
     }
 
     async fn cancel(&self, vm: &str) -> Result<Reply, Failure> {

@@ -29,13 +29,9 @@ impl DiskSender<'_> {
         let recalled = self.record.recall(disk, &parts);
         let batches = batches(&parts, &recalled);
         let mut is_same = vec![false; parts.len()];
-        let mut rest = batches.as_slice();
         // The first alone: a target that has nothing is not told of everything.
-        while let Some((now, later)) =
-            rest.split_at_checked(if rest.len() == batches.len() { 1 } else { rest.len() })
-            && !now.is_empty()
-        {
-            rest = later;
+        let (first, rest) = batches.split_at(batches.len().min(1));
+        for now in [first, rest] {
             let first = self.link.disk_items();
             let asking = async {
                 for batch in now {
