@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use longhaul::agent::{self, setup};
+use longhaul::allocator;
 use longhaul::cli::args::{AgentArgs, Cli, Command, Global, InitArgs, LogFormat};
 use longhaul::cli::{self, Exit};
 use longhaul::config::{Config, DEFAULT_FILE, Overrides};
@@ -15,6 +16,7 @@ use longhaul::control::{Failure, chain};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
+    allocator::give_large_buffers_back();
     let Cli { global, command } = Cli::parse();
     let exit = match command {
         Command::Init(args) => init(&global, &args),

@@ -33,8 +33,8 @@ const MEANINGLESS: [&str; 5] = ["utils", "util", "common", "helpers", "misc"];
 /// Modules of the product, each with the modules and crates that it may name. The order is that of
 /// the imports: main -> {cli, agent} -> scheduler -> control -> migration -> {hypervisor, transport}
 /// -> dedup. `units`, `calendar` and `config` are values that the upper layers share.
-const MAY_IMPORT: [(&str, &[&str]); 10] = [
-    ("main", &["agent", "cli", "config", "control", "scheduler"]),
+const MAY_IMPORT: [(&str, &[&str]); 11] = [
+    ("main", &["agent", "allocator", "cli", "config", "control", "scheduler"]),
     (
         "agent",
         &[
@@ -57,6 +57,7 @@ const MAY_IMPORT: [(&str, &[&str]); 10] = [
     ("migration", &["hypervisor", "longhaul_dedup", "longhaul_transport"]),
     ("hypervisor", &[]),
     ("units", &[]),
+    ("allocator", &[]),
 ];
 
 /// Files that take the time as an argument, or need none.

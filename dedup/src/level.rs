@@ -3,10 +3,10 @@
 //! A batch is coded, then sent, and both go on at once: payload flows at the speed of the slower.
 //!
 //! ```text
-//! flow(level) = min( coder speed(level) * coders,  link rate * ratio(level) )
+//! flow(level) = min( coder speed(level) * coders,  link rate * ratio(level),  supply )
 //! ```
-//! The best level has the greatest flow; among equals the one that takes the least CPU, which the
-//! guests on this host could use.
+//! The best level has the greatest flow. Among equals it is the one that takes the least CPU, which the
+//! guests on this host could use; but up to [`Level::default`] fewer bytes are worth what they cost.
 //!
 //! Invariant: pure. A faster link never asks for a slower level. [`LevelPolicy::choose`] climbs one
 //! step at a time, because each step changes what is measured next, and descends at once, because
@@ -47,7 +47,7 @@ const LADDER: [Rung; 8] = [
     rung(Level::Zstd(16), 8e6, 4.0),
 ];
 
-/// Flows that differ by less than this are equal: measurements are no better.
+/// Flows and ratios that differ by less than this are equal: measurements are no better.
 const EQUAL_WITHIN: f64 = 0.03;
 /// What one batch weighs in the running averages.
 const NEW_WEIGHT: f64 = 0.125;
@@ -67,6 +67,8 @@ const SCALE_BOUNDS: (f64, f64) = (0.01, 100.0);
 pub struct Conditions {
     /// What the link carries, or may carry under its caps, in bytes a second.
     pub link_bytes_per_s: f64,
+    /// What there is to code, in bytes a second, if that is what the coders wait for; else infinite.
+    pub supply_bytes_per_s: f64,
     /// Coders that work at once.
     pub coders: u32,
     /// How full the queue of coded batches before the link is: 0 empty, 1 full.
@@ -148,16 +150,26 @@ impl LevelPolicy {
             RATE_BOUNDS.1
         };
         let coders = f64::from(conditions.coders.max(1));
-        let flows = LADDER.map(|rung| {
-            let coder = match rung.level {
+        let ratios = LADDER.map(|rung| 1.0 + (rung.ratio - 1.0) * self.gain_scale);
+        let flows: [f64; LADDER.len()] = std::array::from_fn(|at| {
+            let coder = match LADDER[at].level {
                 Level::Store => STORE_BYTES_PER_S,
-                Level::Zstd(_) => (rung.bytes_per_s * self.speed_scale).min(STORE_BYTES_PER_S),
+                Level::Zstd(_) => {
+                    (LADDER[at].bytes_per_s * self.speed_scale).min(STORE_BYTES_PER_S)
+                }
             };
-            let ratio = 1.0 + (rung.ratio - 1.0) * self.gain_scale;
-            (coder * coders).min(link * ratio)
+            (coder * coders).min(link * ratios[at]).min(conditions.supply_bytes_per_s)
         });
         let greatest = flows.iter().copied().fold(0.0, f64::max);
-        flows.iter().position(|flow| *flow >= greatest * (1.0 - EQUAL_WITHIN)).unwrap_or(0)
+        let is_best = |at: &usize| flows[*at] >= greatest * (1.0 - EQUAL_WITHIN);
+        let cheapest = (0..LADDER.len()).find(is_best).unwrap_or(0);
+        // Up to the default, as dense as the densest of them is.
+        let cheap = |at: &usize| LADDER[*at].level <= Level::default();
+        let densest = (cheapest..LADDER.len()).filter(is_best).take_while(cheap).last();
+        let worth = |at: &usize| {
+            densest.is_none_or(|densest| ratios[*at] >= ratios[densest] * (1.0 - EQUAL_WITHIN))
+        };
+        (cheapest..LADDER.len()).filter(is_best).find(worth).unwrap_or(cheapest)
     }
 }
 
@@ -176,7 +188,12 @@ mod tests {
     const MBIT: f64 = 1e6 / 8.0;
 
     fn link(mbit_per_s: f64, coders: u32) -> Conditions {
-        Conditions { link_bytes_per_s: mbit_per_s * MBIT, coders, queue_fill: 0.5 }
+        Conditions {
+            link_bytes_per_s: mbit_per_s * MBIT,
+            supply_bytes_per_s: f64::INFINITY,
+            coders,
+            queue_fill: 0.5,
+        }
     }
 
     #[test]
@@ -185,10 +202,19 @@ mod tests {
         assert_eq!(policy.best(&link(10.0, 1)), Level::Zstd(16));
         assert_eq!(policy.best(&link(100.0, 1)), Level::Zstd(6));
         assert_eq!(policy.best(&link(500.0, 1)), Level::Zstd(3));
-        assert_eq!(policy.best(&link(1000.0, 1)), Level::Zstd(1));
+        assert_eq!(policy.best(&link(1000.0, 1)), Level::Zstd(3));
         assert_eq!(policy.best(&link(2500.0, 1)), Level::Zstd(-1));
         assert_eq!(policy.best(&link(2500.0, 4)), Level::Zstd(3));
         assert_eq!(policy.best(&link(40_000.0, 1)), Level::Store);
+    }
+
+    #[test]
+    fn what_comes_slowly_is_not_sent_in_more_bytes() {
+        let policy = LevelPolicy::new();
+        let supply = Conditions { supply_bytes_per_s: 100e6, ..link(2500.0, 1) };
+        assert_eq!(policy.best(&supply), Level::Zstd(3));
+        let supply = Conditions { supply_bytes_per_s: 100e6, ..link(100.0, 1) };
+        assert_eq!(policy.best(&supply), policy.best(&link(100.0, 1)));
     }
 
     #[test]
@@ -241,7 +267,12 @@ mod tests {
         policy.observe(Level::Zstd(3), 10, 0, Duration::ZERO);
         policy.observe(Level::Zstd(7), 10, 5, Duration::from_secs(1));
         for rate in [f64::NAN, f64::INFINITY, -1.0, 0.0] {
-            let conditions = Conditions { link_bytes_per_s: rate, coders: 0, queue_fill: f32::NAN };
+            let conditions = Conditions {
+                link_bytes_per_s: rate,
+                supply_bytes_per_s: rate,
+                coders: 0,
+                queue_fill: f32::NAN,
+            };
             policy.choose(&conditions);
         }
     }

@@ -338,20 +338,14 @@ pub struct ImageFile {
 
 /// A disk on its way to this host.
 pub struct IncomingDisk {
-    /// Access to the image, which exists and has the right size.
+    /// Access to the image, which has the right size.
     pub image: Box<dyn DiskImage>,
     /// Where it lies; beside it lies the record of what was written to it.
     pub path: PathBuf,
     /// Whether it was made just now and holds nothing but zeros.
     pub fresh: bool,
-}
-
-/// An image on its way to a pool of this host's, without a VM.
-pub struct IncomingImage {
-    /// What there is of it; not under its own name.
-    pub disk: IncomingDisk,
-    /// The image that it begins as a copy of, made just now.
-    pub begun_from: Option<PathBuf>,
+    /// The image that it is until it is first written to: until then nothing lies at `path`.
+    pub begins_as: Option<PathBuf>,
 }
 
 /// This host, as one that VMs leave and arrive at.
@@ -392,7 +386,7 @@ pub trait Host: Send + Sync {
         place: &spec::ImageLocation,
         bytes: u64,
         replace: bool,
-    ) -> Result<IncomingImage, HypervisorError>;
+    ) -> Result<IncomingDisk, HypervisorError>;
     /// Gives an image that is complete and closed its name, in one step; returns where it lies.
     async fn settle_image(
         &self,

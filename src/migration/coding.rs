@@ -8,32 +8,101 @@ use std::time::Duration;
 use longhaul_dedup::compress::Level;
 use longhaul_dedup::level::{Conditions, LevelPolicy};
 
-/// Coders that work at once: batches of one attempt are coded one after the other.
-const CODERS: u32 = 1;
+/// Cores of a host that one attempt compresses on, at most: guests use the others. One core is left for
+/// reading, hashing and sending.
+const CODERS_MAX: usize = 4;
+/// What one turn weighs in the running averages.
+const NEW_WEIGHT: f64 = 0.25;
+/// Coders that have nothing to do for more than this share of their time wait for who reads.
+const STARVING_ABOVE: f64 = 0.1;
+
+/// A bundle that one of several coders has coded.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Turn {
+    pub(super) level: Level,
+    /// Bytes before.
+    pub(super) payload: u64,
+    /// Bytes after.
+    pub(super) bytes: u64,
+    /// How long the coding took.
+    pub(super) busy: Duration,
+    /// For how long the coder had waited for something to do, before.
+    pub(super) starved: Duration,
+    /// How long it waited for the link, afterwards.
+    pub(super) blocked: Duration,
+}
 
 /// The policy of one attempt.
 #[derive(Debug)]
 pub(super) struct Coding {
-    policy: Mutex<LevelPolicy>,
+    coders: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    policy: LevelPolicy,
+    /// Shares of their time in which disk coders were busy or starving lately. At first it is the link
+    /// that is not known yet, and no reason to compress harder.
+    busy: f64,
+    starving: f64,
+    /// Bytes a second that one of them got through lately.
+    pace: f64,
 }
 
 impl Coding {
     pub(super) fn new() -> Self {
-        Self { policy: Mutex::new(LevelPolicy::new()) }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let state = State { policy: LevelPolicy::new(), busy: 1.0, starving: 0.0, pace: 0.0 };
+        Self { coders: (cores - 1).clamp(1, CODERS_MAX), state: Mutex::new(state) }
     }
 
-    /// The level for the next batch, with a link of this rate and this much of what may be under
-    /// way in use (0 to 1).
-    pub(super) fn level(&self, link_bytes_per_s: f64, queue_fill: f32) -> Level {
-        self.lock().choose(&Conditions { link_bytes_per_s, coders: CODERS, queue_fill })
+    /// How many disk bundles are to be coded at once.
+    pub(super) fn coders(&self) -> usize {
+        self.coders
     }
 
-    /// What a batch came to.
-    pub(super) fn observe(&self, level: Level, bytes_in: u64, bytes_out: u64, busy: Duration) {
-        self.lock().observe(level, bytes_in, bytes_out, busy);
+    /// The level for the next disk bundle, with a link of this rate.
+    pub(super) fn level(&self, link_bytes_per_s: f64) -> Level {
+        let mut state = self.lock();
+        let supply_bytes_per_s = match state.starving > STARVING_ABOVE {
+            true => state.pace * self.coders as f64,
+            false => f64::INFINITY,
+        };
+        let conditions = Conditions {
+            link_bytes_per_s,
+            supply_bytes_per_s,
+            coders: self.coders as u32,
+            queue_fill: (1.0 - state.busy) as f32,
+        };
+        state.policy.choose(&conditions)
     }
 
-    fn lock(&self) -> MutexGuard<'_, LevelPolicy> {
-        self.policy.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What a disk bundle came to.
+    pub(super) fn observe(&self, turn: &Turn) {
+        let Turn { level, payload, bytes, busy, starved, blocked } = *turn;
+        let mut state = self.lock();
+        let all = (busy + starved + blocked).as_secs_f64().max(1e-6);
+        state.busy += NEW_WEIGHT * (busy.as_secs_f64() / all - state.busy);
+        state.starving += NEW_WEIGHT * (starved.as_secs_f64() / all - state.starving);
+        state.pace += NEW_WEIGHT * (payload as f64 / all - state.pace);
+        state.policy.observe(level, payload, bytes, busy);
+    }
+
+    /// The level for the next batch of pages, which are coded one after the other, with this much of what
+    /// may be under way in use (0 to 1).
+    pub(super) fn page_level(&self, link_bytes_per_s: f64, queue_fill: f32) -> Level {
+        let supply_bytes_per_s = f64::INFINITY;
+        let conditions = Conditions { link_bytes_per_s, supply_bytes_per_s, coders: 1, queue_fill };
+        self.lock().policy.choose(&conditions)
+    }
+
+    /// What a batch of pages came to.
+    pub(super) fn observe_pages(&self, level: Level, content: u64, bytes: u64, busy: Duration) {
+        self.lock().policy.observe(level, content, bytes, busy);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

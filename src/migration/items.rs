@@ -3,23 +3,30 @@
 //!
 //! Invariant: a task that is full holds up whoever feeds it, and so in the end the source.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
 use longhaul_transport::Session;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
-use super::disk::DiskReceiver;
+use super::disk::{DiskReceiver, Unpacked};
 use super::error::MigrationError;
 use super::memory::MemoryWork;
 use super::message::{BulkHeader, ToSource};
 
 /// Items that wait for the task that applies them.
 pub(super) const QUEUED_ITEMS_MAX: usize = 32;
+/// Bytes of disk items that wait, at most; one that is larger waits alone.
+const QUEUED_DISK_BYTES_MAX: usize = 32 << 20;
+/// Disk items that are unpacked while another is applied.
+const UNPACKED_AHEAD: usize = 2;
 
-/// What the disk task is told.
-pub(super) enum DiskWork {
-    Item(BulkHeader, Bytes),
+/// What the disk task is told; `I` is an item, as it came or unpacked.
+pub(super) enum DiskWork<I = (BulkHeader, Bytes)> {
+    /// With its room in the queue.
+    Item(I, OwnedSemaphorePermit),
     RoundDone,
     Keep(u64, oneshot::Sender<Result<(), MigrationError>>),
     Close(oneshot::Sender<Result<(), MigrationError>>),
@@ -60,6 +67,7 @@ pub(super) async fn sort(
     memory: mpsc::Sender<MemoryWork>,
     received: watch::Sender<Received>,
 ) -> Result<(), MigrationError> {
+    let room = Arc::new(Semaphore::new(QUEUED_DISK_BYTES_MAX));
     loop {
         // The control stream has the better words, as long as it is read.
         let Ok(batch) = session.recv_batch().await else {
@@ -81,7 +89,10 @@ pub(super) async fn sort(
                     received.disk_items += 1;
                     received.last_at = Instant::now();
                 });
-                queue(&disks, DiskWork::Item(header, body), &peer).await?;
+                let bytes = body.len().min(QUEUED_DISK_BYTES_MAX) as u32;
+                let permit = Arc::clone(&room).acquire_many_owned(bytes).await;
+                let permit = permit.expect("the semaphore is never closed");
+                queue(&disks, DiskWork::Item((header, body), permit), &peer).await?;
             }
         }
     }
@@ -94,10 +105,24 @@ pub(super) async fn write_disks(
     items: watch::Sender<u64>,
     wants: mpsc::Sender<ToSource>,
 ) -> Result<(), MigrationError> {
-    while let Some(work) = work.recv().await {
+    let mut ready = stream::poll_fn(|cx| work.poll_recv(cx))
+        .map(|work| async {
+            match work {
+                DiskWork::Item((header, body), permit) => {
+                    DiskWork::Item(Unpacked::of(header, body).await, permit)
+                }
+                DiskWork::RoundDone => DiskWork::RoundDone,
+                DiskWork::Keep(generation, done) => DiskWork::Keep(generation, done),
+                DiskWork::Close(done) => DiskWork::Close(done),
+            }
+        })
+        .buffered(UNPACKED_AHEAD);
+    while let Some(work) = ready.next().await {
         match work {
-            DiskWork::Item(header, body) => {
-                if let Some(want) = disks.apply(&header, body).await?
+            DiskWork::Item(item, permit) => {
+                let want = disks.apply(item).await?;
+                drop(permit);
+                if let Some(want) = want
                     && wants.send(want).await.is_err()
                 {
                     return Ok(());

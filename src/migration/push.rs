@@ -213,13 +213,13 @@ impl Arrival<'_> {
     async fn begin(&self) -> Result<DiskReceiver, MigrationError> {
         let OpenImage { bytes, replace, .. } = *self.open;
         let incoming = self.site.host.incoming_image(&self.place, bytes, replace).await?;
-        if let Some(old) = &incoming.begun_from {
-            take_over_record(old, &incoming.disk.path);
+        if let Some(old) = &incoming.begins_as {
+            take_over_record(old, &incoming.path);
         }
         let known = self.site.host.known_images().await?;
         let known = Known::of(known, self.site.index.clone()).await;
         let info = DiskInfo { id: "image".to_owned(), bytes };
-        DiskReceiver::open(self.peer, vec![info], vec![incoming.disk], known).await
+        DiskReceiver::open(self.peer, vec![info], vec![incoming], known).await
     }
 
     async fn run(
@@ -308,20 +308,15 @@ impl Arrival<'_> {
     }
 }
 
-/// The record of an image holds for an untouched copy of it as well, which then need not be read.
-/// Without one, or if anything is not as it should be, the copy is read instead.
-fn take_over_record(old: &Path, copy: &Path) {
-    let (from, to) = (RecipeLog::path_for(old), RecipeLog::path_for(copy));
-    let taken = || -> Option<()> {
+/// What begins as an image has the record of it; without one, or if anything is not as it should be, the
+/// image is read instead.
+fn take_over_record(old: &Path, own: &Path) {
+    let (from, to) = (RecipeLog::path_for(old), RecipeLog::path_for(own));
+    let holds = || {
         let kept = RecipeLog::load(&from).ok()?.complete()?;
-        if ImageIdentity::of(&fs::metadata(old).ok()?) != kept.image {
-            return None;
-        }
-        fs::copy(&from, &to).ok()?;
-        let copied = ImageIdentity::of(&fs::metadata(copy).ok()?);
-        RecipeLog::open(&to).ok()?.mark_complete(kept.generation, copied).ok()
+        Some(ImageIdentity::of(&fs::metadata(old).ok()?) == kept.image)
     };
-    if taken().is_none() {
+    if holds() != Some(true) || fs::copy(&from, &to).is_err() {
         let _ = fs::remove_file(to);
     }
 }

@@ -28,8 +28,8 @@ use super::{check, pool, status};
 use crate::hypervisor::spec::host::{HostPolicy, ResolvedVm, resolve};
 use crate::hypervisor::spec::{DiskSpec, ImageLocation};
 use crate::hypervisor::{
-    DiskInfo, DiskView, Host, HypervisorError, ImageFile, IncomingDisk, IncomingImage, RunState,
-    SourceVm, TargetVm, VmSpec,
+    DiskInfo, DiskView, Host, HypervisorError, ImageFile, IncomingDisk, RunState, SourceVm,
+    TargetVm, VmSpec,
 };
 
 /// Suffix of the mark beside an image that is arriving.
@@ -210,7 +210,7 @@ impl Host for QemuHost {
                 image = open_image(&self.tools, &file, Access::Write).await?;
                 fresh = true;
             }
-            incoming.push(IncomingDisk { image, path: file.path, fresh });
+            incoming.push(IncomingDisk { image, path: file.path, fresh, begins_as: None });
         }
         Ok(incoming)
     }
@@ -242,7 +242,7 @@ impl Host for QemuHost {
         place: &ImageLocation,
         bytes: u64,
         replace: bool,
-    ) -> Result<IncomingImage, HypervisorError> {
+    ) -> Result<IncomingDisk, HypervisorError> {
         pool::incoming(&self.policy, &self.tools, place, bytes, replace).await
     }
 

@@ -11,23 +11,23 @@
 //!  FILE.longhaul-part.longhaul-recipe what is known of it; `dedup` keeps it
 //! ```
 
+mod begin;
+
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use rustix::fs::SeekFrom as SeekTo;
-use rustix::io::Errno;
 
+use self::begin::{BegunLater, begin_from};
 use super::host::{RECIPE_SUFFIX, beside};
 use super::image::{Access, ImageTools, create_image, is_in_use, open_image};
 use crate::hypervisor::spec::ImageFormat;
 use crate::hypervisor::spec::ImageLocation;
 use crate::hypervisor::spec::host::HostPolicy;
 use crate::hypervisor::{
-    DiskImage, DiskInfo, DiskView, Extent, HypervisorError, ImageFile, IncomingDisk, IncomingImage,
+    DiskImage, DiskInfo, DiskView, Extent, HypervisorError, ImageFile, IncomingDisk,
 };
 
 /// Suffix of an image that arrives.
@@ -36,8 +36,6 @@ const PART_SUFFIX: &str = ".longhaul-part";
 const OWN_NAMES: &str = ".longhaul-";
 /// The longest name of an image: with all suffixes it still is a file name (255 bytes).
 const NAME_BYTES_MAX: usize = 200;
-/// Bytes of an image that are copied at a time.
-const COPY_BYTES: usize = 1 << 20;
 
 /// An image that nobody runs, as a whole disk.
 struct ImageView {
@@ -111,32 +109,34 @@ fn places(
 }
 
 /// Opens what there is of an image that arrives, or begins it: with what lies under its name, as a
-/// starting point, or with nothing.
+/// starting point, or with nothing. Of what lies there a copy is made only if it is to become
+/// something else.
 pub(super) async fn incoming(
     policy: &HostPolicy,
     tools: &ImageTools,
     location: &ImageLocation,
     bytes: u64,
     replace: bool,
-) -> Result<IncomingImage, HypervisorError> {
+) -> Result<IncomingDisk, HypervisorError> {
     let (path, part) = places(policy, location)?;
     may_take(&path, replace)?;
     let file = ImageFile { path: part.clone(), format: format_of(&path) };
-    let mut begun_from = None;
     let mut fresh = false;
-    if !part.exists() {
-        if path.exists() {
-            begin_from(&path, &part).await?;
-            begun_from = Some(path);
-        } else {
-            create_image(tools, &file, bytes).await?;
-            fresh = true;
+    if !part.exists() && path.exists() {
+        let old = ImageFile { path: path.clone(), format: file.format };
+        let image = BegunLater::open(tools, old, file.clone()).await?;
+        if image.bytes() == bytes {
+            let image = Box::new(image);
+            return Ok(IncomingDisk { image, path: part, fresh, begins_as: Some(path) });
         }
+        begin_from(&path, &part).await?;
+    } else if !part.exists() {
+        create_image(tools, &file, bytes).await?;
+        fresh = true;
     }
     let mut image = open_image(tools, &file, Access::Write).await?;
     if image.bytes() != bytes {
         image.close().await?;
-        begun_from = None;
         match file.format {
             // What is there stays of use.
             ImageFormat::Raw => {
@@ -152,10 +152,11 @@ pub(super) async fn incoming(
         }
         image = open_image(tools, &file, Access::Write).await?;
     }
-    Ok(IncomingImage { disk: IncomingDisk { image, path: part, fresh }, begun_from })
+    Ok(IncomingDisk { image, path: part, fresh, begins_as: None })
 }
 
-/// Gives an image that is complete, durable and closed its name. Returns where it lies.
+/// Gives an image that is complete, durable and closed its name, unless the one of that name is what it
+/// should be and nothing was begun beside it. Returns where it lies.
 pub(super) fn settle(
     policy: &HostPolicy,
     location: &ImageLocation,
@@ -170,7 +171,9 @@ pub(super) fn settle(
     if new_record.exists() {
         std::fs::rename(&new_record, &record).map_err(io_error("renaming", &new_record))?;
     }
-    std::fs::rename(&part, &path).map_err(io_error("giving its name to", &part))?;
+    if part.exists() || !path.exists() {
+        std::fs::rename(&part, &path).map_err(io_error("giving its name to", &part))?;
+    }
     let dir = path.parent().unwrap_or_else(|| Path::new("/"));
     let durable = File::open(dir).and_then(|dir| dir.sync_all());
     durable.map_err(io_error("making durable the name of", &path))?;
@@ -197,43 +200,6 @@ fn refuse_in_use(path: &Path) -> Result<(), HypervisorError> {
         }
         false => Ok(()),
     }
-}
-
-/// Begins an image as a copy of another: sharing its blocks where the file system can, else copying
-/// what is no hole.
-async fn begin_from(old: &Path, part: &Path) -> Result<(), HypervisorError> {
-    let (from, to) = (old.to_owned(), part.to_owned());
-    let copied = tokio::task::spawn_blocking(move || copy(&from, &to)).await;
-    let copied = copied.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into()));
-    copied.map_err(io_error("beginning with a copy of", old))
-}
-
-fn copy(old: &Path, part: &Path) -> io::Result<()> {
-    let from = File::open(old)?;
-    let to = OpenOptions::new().write(true).create_new(true).open(part)?;
-    // Durable, as its record will say of it: what a power loss leaves must not be believed.
-    if rustix::fs::ioctl_ficlone(&to, &from).is_ok() {
-        return to.sync_all();
-    }
-    let bytes = from.metadata()?.len();
-    to.set_len(bytes)?;
-    let mut buffer = vec![0; COPY_BYTES];
-    let mut at = 0;
-    while at < bytes {
-        at = match rustix::fs::seek(&from, SeekTo::Data(at)) {
-            Ok(data) => data,
-            Err(Errno::NXIO) => break,
-            // This file system cannot tell.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
-            Err(error) => return Err(error.into()),
-        };
-        let hole = rustix::fs::seek(&from, SeekTo::Hole(at)).unwrap_or(bytes);
-        let len = COPY_BYTES.min(usize::try_from(hole.min(bytes) - at).unwrap_or(COPY_BYTES));
-        from.read_exact_at(&mut buffer[..len], at)?;
-        to.write_all_at(&buffer[..len], at)?;
-        at += len as u64;
-    }
-    to.sync_all()
 }
 
 fn io_error<'a>(doing: &'a str, path: &'a Path) -> impl Fn(io::Error) -> HypervisorError + 'a {

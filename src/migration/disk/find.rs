@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::BufReader;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use longhaul_dedup::blocks::{BLOCK_BYTES, Scan, ShortId, hash_blocks};
@@ -91,6 +91,8 @@ pub(super) struct Finder {
     /// The images' numbers here, by those that the index gives them.
     numbers: HashMap<u16, u16>,
     windows: VecDeque<Window>,
+    /// Of arriving disks that begin as another image: the number of that.
+    begin_as: HashMap<u16, u16>,
 }
 
 /// A short id as the index has it: it looks at no more than the first 8 bytes.
@@ -119,7 +121,27 @@ impl Finder {
             places,
             numbers,
             windows: VecDeque::new(),
+            begin_as: HashMap::new(),
         }
+    }
+
+    /// An arriving disk begins as this image. Returns whether that is one of those known here.
+    pub(super) fn begins_as(&mut self, number: u16, image: &Path) -> bool {
+        let Some(other) = self.others.iter().position(|other| other.path == image) else {
+            return false;
+        };
+        self.begin_as.insert(number, (self.arriving + other) as u16);
+        true
+    }
+
+    /// Where what is found in an image stays: in the one that it begins as, if it does.
+    fn lasting(&self, image: u16) -> u16 {
+        *self.begin_as.get(&image).unwrap_or(&image)
+    }
+
+    /// From a place of what arrives to where it was found.
+    pub(super) fn shift(&self, offset: u64, found: Location) -> Shift {
+        Shift::of(offset, &Location { image: self.lasting(found.image), ..found })
     }
 
     /// Takes in what a record says of an arriving disk.
@@ -413,7 +435,7 @@ impl Finder {
         }
         places.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         // A piece that was partly overwritten is most like what it was.
-        let here = Shift { image: number, bytes: 0 };
+        let here = Shift { image: self.lasting(number), bytes: 0 };
         let in_place = slots.iter().any(|slot| matches!(slot, Slot::InPlace(_))).then_some(here);
         let mut chosen: Vec<Shift> = Vec::new();
         let found = places.into_iter().map(|(shift, _)| shift);

@@ -15,12 +15,14 @@
 mod assemble;
 mod find;
 mod layout;
+mod pack;
 mod recall;
 mod receive;
 mod record;
 mod send;
 #[cfg(test)]
 mod tests;
+mod unpack;
 
 /// Parcels that the target has been asked about and that are not dealt with, at most: 128 MiB of disk. With
 /// three round trips of 200 ms for each this still is 200 MiB a second; with more, what the target
@@ -30,3 +32,4 @@ const PARCELS_UNDER_WAY: usize = 8;
 pub(super) use receive::DiskReceiver;
 pub(super) use record::ImageRecord;
 pub(super) use send::{DiskSender, How};
+pub(super) use unpack::Unpacked;

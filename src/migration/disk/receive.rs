@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::{Bytes, BytesMut};
 use longhaul_dedup::blocks::{self, BLOCK_BYTES, ShortId};
-use longhaul_dedup::bundle::{BundlePart, ChunkBundle};
+use longhaul_dedup::bundle::{BundleError, BundlePart};
 use longhaul_dedup::chunk::{self, VerifiedChunk};
 use longhaul_dedup::grains;
 use longhaul_dedup::id::ChunkId;
@@ -31,6 +31,7 @@ use super::assemble::{Assemblies, Made, MadePiece, Slot};
 use super::find::{Finder, Shift};
 use super::layout::Layout;
 use super::record;
+use super::unpack::{Bundle, Content, Unpacked};
 use crate::hypervisor::{DiskImage, DiskInfo, IncomingDisk};
 
 /// Pieces that are waited for at several places; beyond it a repeated piece is asked for again.
@@ -38,8 +39,6 @@ const WAITING_MAX: usize = 1 << 16;
 /// Written bytes that are made durable at once: a round that ends with a gigabyte in the page cache
 /// would hold up whoever waits for its end.
 const FLUSH_BYTES: u64 = 64 << 20;
-/// Payload in one bundle that is believed.
-const BUNDLE_PAYLOAD_MAX: usize = 8 << 20;
 
 /// A disk that arrives.
 pub(super) struct Disk {
@@ -47,6 +46,8 @@ pub(super) struct Disk {
     pub(super) image: Box<dyn DiskImage>,
     log: RecipeLog,
     path: PathBuf,
+    /// The image that it is until it is first written to, as that was when this attempt began.
+    begins_as: Option<(PathBuf, ImageIdentity)>,
     /// The record was complete and the image untouched when this attempt began: what it says of
     /// places that were not written since needs no reading.
     trusted: bool,
@@ -91,6 +92,11 @@ impl DiskReceiver {
     ) -> Result<Self, MigrationError> {
         let mut finder = Finder::new(incoming.len(), known.places);
         finder.add_grains_of_others();
+        for image in known.images {
+            if !incoming.iter().any(|disk| disk.path == image.path) {
+                finder.add_other(&image);
+            }
+        }
         let mut disks = Vec::new();
         for (number, (info, incoming)) in infos.into_iter().zip(incoming).enumerate() {
             let recipe = RecipeLog::path_for(&incoming.path);
@@ -104,21 +110,28 @@ impl DiskReceiver {
                     .map_or_else(|| RecipeLog::create(&recipe, info.bytes), Ok)
             };
             let log = log.map_err(recipe_error)?;
-            finder.add(number as u16, log.recipe());
+            let begins_as = match incoming.begins_as {
+                Some(old) => {
+                    let now = identity(&old).map_err(looking_at(&old))?;
+                    Some((old, now))
+                }
+                None => None,
+            };
+            // What lies in the image that it begins as is found there: here it will be overwritten.
+            if !begins_as.as_ref().is_some_and(|(old, _)| finder.begins_as(number as u16, old)) {
+                finder.add(number as u16, log.recipe());
+            }
+            let holds = begins_as.as_ref().map_or(&incoming.path, |(old, _)| old);
             disks.push(Disk {
-                trusted: is_untouched(&log, &incoming.path),
+                trusted: is_untouched(&log, holds),
                 info,
                 image: incoming.image,
                 log,
                 path: incoming.path,
+                begins_as,
                 layout: None,
                 fresh: incoming.fresh,
             });
-        }
-        for image in known.images {
-            if !disks.iter().any(|disk| disk.path == image.path) {
-                finder.add_other(&image);
-            }
         }
         Ok(Self {
             peer: peer.to_owned(),
@@ -158,14 +171,20 @@ impl DiskReceiver {
     /// Applies an item; a question has an answer.
     pub(in super::super) async fn apply(
         &mut self,
-        header: &BulkHeader,
-        body: Bytes,
+        item: Unpacked,
     ) -> Result<Option<ToSource>, MigrationError> {
         let want = |item, wanted, plain| {
             let wanted = Answer(wanted).encode();
             Some(ToSource::Want { item, wanted, plain, bases: Vec::new() })
         };
-        let answer = match *header {
+        let (header, body) = match item.content {
+            Content::Body(body) => (item.header, body),
+            Content::Bundle(bundle) => {
+                self.write_bundle(bundle).await?;
+                return Ok(self.applied(None));
+            }
+        };
+        let answer = match header {
             BulkHeader::Summaries { item } => {
                 let summaries = Summaries::decode(&body).map_err(|error| self.bad(error))?;
                 let (differ, plain) = self.compare(&summaries).await?;
@@ -187,14 +206,15 @@ impl DiskReceiver {
                 self.ending = Some((item, disk));
                 None
             }
-            BulkHeader::Chunks { .. } => {
-                self.write_bundle(body).await?;
-                None
-            }
-            BulkHeader::Memory { .. } => {
-                return Err(self.bad("memory among the disk items"));
+            BulkHeader::Chunks { .. } | BulkHeader::Memory { .. } => {
+                return Err(self.bad("an item among the disk's that is none"));
             }
         };
+        Ok(self.applied(answer))
+    }
+
+    /// Counts an item, and says what is to be answered.
+    fn applied(&mut self, answer: Option<ToSource>) -> Option<ToSource> {
         self.items += 1;
         // An end may overtake what was sent before it.
         if let Some((item, disk)) = self.ending
@@ -202,9 +222,9 @@ impl DiskReceiver {
             && self.items > item
         {
             self.ending = None;
-            return Ok(Some(ToSource::Lacking { item, pieces: self.lacking(disk) }));
+            return Some(ToSource::Lacking { item, pieces: self.lacking(disk) });
         }
-        Ok(answer)
+        answer
     }
 
     /// Which parcels differ from what is here, and whether all will.
@@ -384,7 +404,7 @@ impl DiskReceiver {
             {
                 let in_place = (place.image, place.offset) == (number, entry.offset);
                 let copy = (!in_place).then_some(found);
-                return Found::Here(Shift::of(entry.offset, &place), copy);
+                return Found::Here(self.finder.shift(entry.offset, place), copy);
             }
             // Changed since: nothing is lost but this hint.
             self.finder.forget(&entry.id, &place);
@@ -400,14 +420,14 @@ impl DiskReceiver {
         Found::Missing
     }
 
-    async fn write_bundle(&mut self, body: Bytes) -> Result<(), MigrationError> {
-        let decoding =
-            tokio::task::spawn_blocking(move || ChunkBundle::decode(&body, BUNDLE_PAYLOAD_MAX));
-        let bundle = decoding.await.expect("decoding does not panic");
+    async fn write_bundle(
+        &mut self,
+        bundle: Result<Bundle, BundleError>,
+    ) -> Result<(), MigrationError> {
         let bundle = bundle.map_err(|error| self.bad(error))?;
         let number = bundle.disk;
         self.check_disk(number)?;
-        for part in bundle.parts {
+        for (part, grains) in bundle.parts {
             let range = part.range();
             self.check_range(number, range.start, range.end - range.start)?;
             match part {
@@ -421,7 +441,7 @@ impl DiskReceiver {
                 }
                 BundlePart::Chunk { offset, chunk } => {
                     let (len, id) = (chunk.data().len() as u32, chunk.id());
-                    self.write(number, &RecipeEntry { offset, len, id }, &chunk).await?;
+                    self.write(number, &RecipeEntry { offset, len, id }, &chunk, &grains).await?;
                     self.arrived(&chunk).await?;
                 }
                 BundlePart::Blocks { offset, data } => {
@@ -496,8 +516,9 @@ impl DiskReceiver {
         chunk: &VerifiedChunk,
     ) -> Result<(), MigrationError> {
         let disk = &self.disks[usize::from(number)];
+        let grains = grains_at(entry.offset, chunk.data());
         if disk.fresh {
-            return self.write(number, entry, chunk).await;
+            return self.write(number, entry, chunk, &grains).await;
         }
         let data = chunk.data();
         let there = disk.image.read(entry.offset, entry.len).await?;
@@ -516,7 +537,7 @@ impl DiskReceiver {
                 self.put(number, entry.offset + start as u64, data.slice(start..end)).await?;
             }
         }
-        self.note(number, entry, chunk.hashes(), &grains_at(entry.offset, chunk.data()))?;
+        self.note(number, entry, chunk.hashes(), &grains)?;
         self.flush_some().await
     }
 
@@ -526,10 +547,11 @@ impl DiskReceiver {
         number: u16,
         entry: &RecipeEntry,
         chunk: &VerifiedChunk,
+        grains: &[GrainSample],
     ) -> Result<(), MigrationError> {
         self.overwrites(number, &(entry.offset..entry.offset + u64::from(entry.len)));
         self.put(number, entry.offset, chunk.data().clone()).await?;
-        self.note(number, entry, chunk.hashes(), &grains_at(entry.offset, chunk.data()))?;
+        self.note(number, entry, chunk.hashes(), grains)?;
         self.flush_some().await
     }
 
@@ -618,11 +640,22 @@ impl DiskReceiver {
         self.flush().await?;
         for mut disk in self.disks {
             disk.image.close().await?;
-            let identity = identity(&disk.path).map_err(|source| MigrationError::Io {
-                doing: format!("looking at {}", disk.path.display()),
-                source,
-            })?;
-            disk.log.mark_complete(generation, identity).map_err(recipe_error)?;
+            let begun = disk.path.exists();
+            let holds = match &disk.begins_as {
+                // Nothing was written: the old image is what it should be, if it still is what it was.
+                Some((old, before)) if !begun => {
+                    if identity(old).map_err(looking_at(old))? != *before {
+                        return Err(MigrationError::Io {
+                            doing: format!("comparing with {}", old.display()),
+                            source: std::io::Error::other("somebody wrote to it meanwhile"),
+                        });
+                    }
+                    old
+                }
+                _ => &disk.path,
+            };
+            let now = identity(holds).map_err(looking_at(holds))?;
+            disk.log.mark_complete(generation, now).map_err(recipe_error)?;
         }
         Ok(())
     }
@@ -650,7 +683,7 @@ impl DiskReceiver {
 }
 
 /// Samples of the grains of what lies at this byte.
-fn grains_at(offset: u64, data: &[u8]) -> Vec<GrainSample> {
+pub(super) fn grains_at(offset: u64, data: &[u8]) -> Vec<GrainSample> {
     let sample = |(at, id)| GrainSample { offset: offset + at as u64, id };
     grains::samples(data).map(sample).collect()
 }
@@ -672,6 +705,10 @@ fn is_untouched(log: &RecipeLog, image: &Path) -> bool {
 /// By what an image is recognised as untouched.
 fn identity(image: &Path) -> std::io::Result<ImageIdentity> {
     Ok(ImageIdentity::of(&std::fs::metadata(image)?))
+}
+
+fn looking_at(path: &Path) -> impl FnOnce(std::io::Error) -> MigrationError + '_ {
+    move |source| MigrationError::Io { doing: format!("looking at {}", path.display()), source }
 }
 
 fn recipe_error(error: RecipeError) -> MigrationError {

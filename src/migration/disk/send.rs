@@ -9,14 +9,12 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use longhaul_dedup::blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, Piece, ShortId, hash_blocks};
-use longhaul_dedup::bundle::{BundlePart, ChunkBundle, MAX_BUNDLE_PARTS};
+use longhaul_dedup::bundle::BundlePart;
 use longhaul_dedup::chunk::RawChunk;
-use longhaul_dedup::compress::Compressor;
 use longhaul_dedup::grains::GrainName;
 use longhaul_dedup::offer::{Answer, Bases, BlockList, Offer};
 use longhaul_dedup::patch::Patch;
@@ -31,13 +29,14 @@ use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
 use super::super::meter::Meter;
 use super::PARCELS_UNDER_WAY;
 use super::layout::{Layout, Parcel, Part};
+use super::pack::Packer;
 use super::record::ImageRecord;
 use crate::hypervisor::DiskView;
 
 /// Parcels that are read ahead of the link: 32 MiB.
 const PARCELS_AHEAD: usize = 2;
 /// Data of parcels under way that is kept in memory. At 200 ms and 1 Gbit/s 25 MiB are on their way.
-const KEPT_BYTES: usize = 64 << 20;
+const KEPT_BYTES: usize = 96 << 20;
 /// Parcels with data in one message of summaries. The first has one, and each twice as many as that
 /// before, lest the first bytes wait for much reading.
 const SUMMARIES_AT_ONCE: usize = 32;
@@ -45,10 +44,6 @@ const SUMMARIES_AT_ONCE: usize = 32;
 const READS_AHEAD: usize = 8;
 /// A patch saves at least one of so many bytes: it is compressed less well than what it stands for.
 const PATCH_WORTHWHILE: usize = 16;
-/// Payload bytes compressed as one.
-const BUNDLE_BYTES: u64 = 1 << 20;
-/// How full the queue before the link is taken to be: QUIC's back-pressure does not tell.
-const NEITHER_FULL_NOR_EMPTY: f32 = 0.5;
 /// Times that a target may ask for pieces which did not come together, each with the most of them: a
 /// disk of 16 TiB that changed throughout.
 const LACKING_ROUNDS_MAX: usize = 1 << 18;
@@ -130,7 +125,7 @@ impl<'a> DiskSender<'a> {
             open: Mutex::default(),
             room: Semaphore::new(PARCELS_UNDER_WAY),
             compares: AtomicBool::new(true),
-            bundle: Mutex::default(),
+            packer: Packer::new(self.link, self.meter, self.coding, disk, class),
         };
         let offering = async {
             let mut batch = Batch { most: 1, ..Batch::default() };
@@ -138,7 +133,7 @@ impl<'a> DiskSender<'a> {
                 let mut parcel = parcel?;
                 self.record.note(disk, &parcel.scan, &parcel.zeros);
                 if how == How::Push {
-                    sending.put_zeros(&parcel).await?;
+                    sending.put_zeros(&parcel).await;
                     let all = (0..parcel.scan.pieces.len()).collect();
                     sending.send_pieces(&Sending { parcel, kept: None }, all).await?;
                     continue;
@@ -151,26 +146,31 @@ impl<'a> DiskSender<'a> {
                 sending.ask(Sending { parcel, kept }, &mut batch).await?;
             }
             sending.ask_batch(&mut batch).await?;
-            sending.flush().await?;
             if how == How::Push {
+                sending.packer.flush().await;
                 return Ok(());
             }
             // All parcels are dealt with once all room is free.
             let all = sending.room.acquire_many(PARCELS_UNDER_WAY as u32);
             sending.unless_lost(all).await?.expect("the semaphore is never closed").forget();
-            sending.flush().await?;
+            sending.packer.flush().await;
             sending.end().await
         };
-        match how {
-            How::Push => offering.await,
-            How::Offer => {
-                tokio::try_join!(offering, sending.hear())?;
-                if layout.is_whole() {
-                    self.record.is_whole(disk);
+        let work = async {
+            match how {
+                How::Push => offering.await?,
+                How::Offer => {
+                    tokio::try_join!(offering, sending.hear())?;
                 }
-                Ok(())
             }
+            sending.packer.close();
+            Ok(())
+        };
+        tokio::try_join!(work, sending.packer.run())?;
+        if how == How::Offer && layout.is_whole() {
+            self.record.is_whole(disk);
         }
+        Ok(())
     }
 }
 
@@ -190,13 +190,6 @@ struct Batch {
     most: usize,
 }
 
-/// What is to be sent next, as one.
-#[derive(Default)]
-struct Bundle {
-    parts: Vec<BundlePart>,
-    bytes: u64,
-}
-
 /// One view on its way.
 struct Disk<'a> {
     sender: &'a DiskSender<'a>,
@@ -208,7 +201,7 @@ struct Disk<'a> {
     room: Semaphore,
     /// Whether summaries are of any use.
     compares: AtomicBool,
-    bundle: Mutex<Bundle>,
+    packer: Packer<'a>,
 }
 
 impl Disk<'_> {
@@ -261,7 +254,7 @@ impl Disk<'_> {
 
     /// Offers the pieces of a parcel that differs, and sends its zeros.
     async fn ask_pieces(&self, sending: Sending) -> Result<(), MigrationError> {
-        self.put_zeros(&sending.parcel).await?;
+        self.put_zeros(&sending.parcel).await;
         let entries: Vec<_> = sending.parcel.scan.pieces.iter().map(Piece::entry).collect();
         if entries.is_empty() {
             return Ok(());
@@ -296,8 +289,7 @@ impl Disk<'_> {
                 let answer = match link.want_ready().await {
                     Some(answer) => answer,
                     None => {
-                        // Nothing more comes to fill the bundle.
-                        self.flush().await?;
+                        self.packer.hurry();
                         link.want().await?
                     }
                 };
@@ -313,7 +305,7 @@ impl Disk<'_> {
                 return Ok(());
             }
             self.send_lacking(&lacking).await?;
-            self.flush().await?;
+            self.packer.flush().await;
             self.end().await?;
         }
         Err(self.bad("it never has what it was sent"))
@@ -407,13 +399,12 @@ impl Disk<'_> {
         self.room.add_permits(1);
     }
 
-    async fn put_zeros(&self, parcel: &Parcel) -> Result<(), MigrationError> {
+    async fn put_zeros(&self, parcel: &Parcel) {
         self.sender.meter.disk_zero(parcel.zero_bytes());
         for range in &parcel.zeros {
             let len = range.end - range.start;
-            self.put(BundlePart::Zero { offset: range.start, len }).await?;
+            self.packer.put(BundlePart::Zero { offset: range.start, len }).await;
         }
-        Ok(())
     }
 
     /// Sends whole pieces of a parcel.
@@ -432,7 +423,9 @@ impl Disk<'_> {
             .buffered(READS_AHEAD);
         while let Some(content) = contents.next().await {
             let (offset, data) = content?;
-            self.put(BundlePart::Chunk { offset, chunk: RawChunk::new(data).hash() }).await?;
+            self.packer
+                .put(BundlePart::Chunk { offset, chunk: RawChunk::new(own(&data)).hash() })
+                .await;
         }
         Ok(())
     }
@@ -474,21 +467,21 @@ impl Disk<'_> {
             // What was kept cannot have changed.
             let is_kept = sending.kept.is_some();
             if !is_kept && hash_blocks(&data) != scan.hashes[piece.hashes.clone()] {
-                let chunk = RawChunk::new(data).hash();
-                self.put(BundlePart::Chunk { offset: piece.offset, chunk }).await?;
+                let chunk = RawChunk::new(own(&data)).hash();
+                self.packer.put(BundlePart::Chunk { offset: piece.offset, chunk }).await;
                 continue;
             }
             if let Some(base) = base
                 && let Some(patch) = self.patch(&data, wanted, base).await
             {
-                self.put(BundlePart::Patch { offset: piece.offset, data: patch }).await?;
+                self.packer.put(BundlePart::Patch { offset: piece.offset, data: patch }).await;
                 continue;
             }
             for run in runs(wanted) {
                 let start = run.start * BLOCK_BYTES;
                 let end = data.len().min(run.end * BLOCK_BYTES);
                 let offset = piece.offset + start as u64;
-                self.put(BundlePart::Blocks { offset, data: data.slice(start..end) }).await?;
+                self.packer.put(BundlePart::Blocks { offset, data: own(&data[start..end]) }).await;
             }
         }
         Ok(())
@@ -522,7 +515,9 @@ impl Disk<'_> {
         tracing::debug!(disk = self.disk, pieces = pieces.len(), "pieces are sent again, whole");
         for place in pieces {
             let (offset, data) = self.content(None, *place).await?;
-            self.put(BundlePart::Chunk { offset, chunk: RawChunk::new(data).hash() }).await?;
+            self.packer
+                .put(BundlePart::Chunk { offset, chunk: RawChunk::new(own(&data)).hash() })
+                .await;
         }
         Ok(())
     }
@@ -539,44 +534,6 @@ impl Disk<'_> {
         }
     }
 
-    /// Adds to the bundle, and sends it when it is full.
-    async fn put(&self, part: BundlePart) -> Result<(), MigrationError> {
-        let full = {
-            let mut bundle = self.bundle.lock().await;
-            bundle.bytes += part.data().len() as u64;
-            bundle.parts.push(part);
-            bundle.bytes >= BUNDLE_BYTES || bundle.parts.len() == MAX_BUNDLE_PARTS
-        };
-        if full { self.flush().await } else { Ok(()) }
-    }
-
-    /// Codes and sends what is in the bundle.
-    async fn flush(&self) -> Result<(), MigrationError> {
-        let Self { sender, disk, .. } = self;
-        let (Bundle { parts, bytes: payload }, item) = {
-            let mut bundle = self.bundle.lock().await;
-            if bundle.parts.is_empty() {
-                return Ok(());
-            }
-            // Numbered as it is taken: an end that is told from now on comes behind it.
-            (std::mem::take(&mut *bundle), sender.link.next_disk_item())
-        };
-        let bundle = ChunkBundle { disk: *disk, parts };
-        let level = sender.coding.level(sender.link.bytes_per_s(), NEITHER_FULL_NOR_EMPTY);
-        let coding = tokio::task::spawn_blocking(move || {
-            let began = Instant::now();
-            let body = bundle.encode(&mut Compressor::new(), level);
-            (body, began.elapsed())
-        });
-        let (body, busy) = coding.await.expect("encoding does not panic");
-        let bytes = body.len() as u64;
-        if payload > 0 {
-            sender.coding.observe(level, payload, bytes, busy);
-            sender.meter.disk_sent(payload, bytes);
-        }
-        sender.link.send_bulk(self.class, &BulkHeader::Chunks { item }, body).await
-    }
-
     /// Waits for something that only comes if the link lives.
     async fn unless_lost<T>(&self, waiting: impl Future<Output = T>) -> Result<T, MigrationError> {
         tokio::select! {
@@ -588,6 +545,11 @@ impl Disk<'_> {
     fn bad(&self, detail: impl ToString) -> MigrationError {
         MigrationError::protocol(self.sender.link.peer(), detail)
     }
+}
+
+/// Bytes that keep nothing else in memory.
+fn own(data: &[u8]) -> Bytes {
+    Bytes::copy_from_slice(data)
 }
 
 /// Where in a row of answers something is wanted, side by side.

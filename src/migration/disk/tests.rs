@@ -33,7 +33,7 @@ use super::super::link::Link;
 use super::super::message::{BulkHeader, ToSource};
 use super::super::meter::Meter;
 use super::super::report::Phase;
-use super::{DiskReceiver, DiskSender, How, ImageRecord};
+use super::{DiskReceiver, DiskSender, How, ImageRecord, Unpacked};
 use crate::hypervisor::{
     DiskImage, DiskInfo, DiskView, Extent, HypervisorError, ImageFile, IncomingDisk,
 };
@@ -189,7 +189,7 @@ impl Ends {
         file.set_len(bytes).unwrap();
         let written = Arc::<Mutex<Vec<_>>>::default();
         let image = Box::new(FileImage { file, bytes, written: Arc::clone(&written) });
-        let incoming = IncomingDisk { image, path: self.image(), fresh };
+        let incoming = IncomingDisk { image, path: self.image(), fresh, begins_as: None };
         let info = DiskInfo { id: "disk".into(), bytes };
         (
             DiskReceiver::open("peer", vec![info], vec![incoming], known.into()).await.unwrap(),
@@ -231,7 +231,9 @@ impl Ends {
                     batch = target.recv_batch() => batch.unwrap(),
                 };
                 let (header, body) = BulkHeader::decode(batch.body).unwrap();
-                if let Some(answer) = receiver.apply(&header, body).await.unwrap() {
+                if let Some(answer) =
+                    receiver.apply(Unpacked::of(header, body).await).await.unwrap()
+                {
                     said.send(&answer).await.unwrap();
                 }
             }
@@ -417,25 +419,32 @@ async fn blocks_of_one_short_id_are_told_apart_by_the_piece() {
     for (blocks, expected) in [(here, vec![true; 4]), (partly, vec![false, true, true, true])] {
         let (mut receiver, _) = ends.receiver(new.len() as u64, Vec::new()).await;
         let offer = Offer { disk: 0, entries: vec![entry] }.encode();
-        receiver.apply(&BulkHeader::Offer { item: 0 }, offer).await.unwrap();
+        receiver.apply(Unpacked::of(BulkHeader::Offer { item: 0 }, offer).await).await.unwrap();
         let list = BlockList { offer: 0, blocks, samples: Vec::new() }.encode();
-        let answer = receiver.apply(&BulkHeader::Blocks { item: 1 }, list).await.unwrap();
+        let answer =
+            receiver.apply(Unpacked::of(BulkHeader::Blocks { item: 1 }, list).await).await.unwrap();
         let Some(ToSource::Want { wanted, .. }) = answer else { panic!("{answer:?}") };
         assert_eq!(Answer::decode(&wanted, 4).unwrap().0, expected);
         let partial = !expected[0];
         if partial {
             let data = Bytes::copy_from_slice(&new[BLOCK_BYTES..]);
             let part = BundlePart::Blocks { offset: BLOCK_BYTES as u64, data };
-            receiver.apply(&BulkHeader::Chunks { item: 2 }, bundle(part)).await.unwrap();
+            receiver
+                .apply(Unpacked::of(BulkHeader::Chunks { item: 2 }, bundle(part)).await)
+                .await
+                .unwrap();
             assert_eq!(ends.has(), old, "nothing unproven is written");
         }
         let end = BulkHeader::End { item: 2 + u64::from(partial), disk: 0 };
-        let lacking = receiver.apply(&end, Bytes::new()).await.unwrap();
+        let lacking = receiver.apply(Unpacked::of(end, Bytes::new()).await).await.unwrap();
         let Some(ToSource::Lacking { pieces, .. }) = lacking else { panic!("{lacking:?}") };
         assert_eq!(pieces, [(0, new.len() as u32)]);
         let chunk = RawChunk::new(new.clone().into()).hash();
         let part = BundlePart::Chunk { offset: 0, chunk };
-        receiver.apply(&BulkHeader::Chunks { item: 4 }, bundle(part)).await.unwrap();
+        receiver
+            .apply(Unpacked::of(BulkHeader::Chunks { item: 4 }, bundle(part)).await)
+            .await
+            .unwrap();
         assert_eq!(ends.has(), new);
         fs::write(ends.image(), &old).unwrap();
         fs::remove_file(RecipeLog::path_for(&ends.image())).unwrap();
@@ -449,10 +458,11 @@ async fn an_end_waits_for_what_it_is_the_end_of() {
     let data = noise(1, 2 * BLOCK_BYTES);
     let (mut receiver, _) = ends.receiver(data.len() as u64, Vec::new()).await;
     let end = BulkHeader::End { item: 1, disk: 0 };
-    assert_eq!(receiver.apply(&end, Bytes::new()).await.unwrap(), None);
+    assert_eq!(receiver.apply(Unpacked::of(end, Bytes::new()).await).await.unwrap(), None);
     let chunk = RawChunk::new(data.into()).hash();
     let part = bundle(BundlePart::Chunk { offset: 0, chunk });
-    let answer = receiver.apply(&BulkHeader::Chunks { item: 0 }, part).await.unwrap();
+    let answer =
+        receiver.apply(Unpacked::of(BulkHeader::Chunks { item: 0 }, part).await).await.unwrap();
     assert_eq!(answer, Some(ToSource::Lacking { item: 1, pieces: Vec::new() }));
 }
 
@@ -484,7 +494,10 @@ async fn questions_and_blocks_out_of_bounds_are_refused() {
         (BulkHeader::Summaries { item: 0 }, summaries.encode()),
         (BulkHeader::End { item: 0, disk: 1 }, Bytes::new()),
     ] {
-        assert!(receiver.apply(&header, body).await.is_err(), "{header:?}");
+        assert!(
+            receiver.apply(Unpacked::of(header.clone(), body).await).await.is_err(),
+            "{header:?}"
+        );
     }
     assert_eq!(receiver.items(), 0);
 }

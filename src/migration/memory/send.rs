@@ -129,7 +129,7 @@ impl<'a> MemorySender<'a> {
             .take()
             .ok_or_else(|| MigrationError::protocol(peer, "pages came before their layout"))?;
         let nonzero = pages.iter().filter(|(_, content)| content.is_some()).count() as u64;
-        let level = self.coding.level(self.link.bytes_per_s(), self.fill);
+        let level = self.coding.page_level(self.link.bytes_per_s(), self.fill);
         let coding = tokio::task::spawn_blocking(move || {
             let coded = coder.code(pages);
             let began = Instant::now();
@@ -142,7 +142,7 @@ impl<'a> MemorySender<'a> {
         self.coder = Some(coder);
         let Coded { records, payload, saved, content, .. } = coded;
         let bytes = if records.is_empty() { 0 } else { body.len() as u64 };
-        self.coding.observe(level, content, bytes, busy);
+        self.coding.observe_pages(level, content, bytes, busy);
         let compressed = content.saturating_sub(bytes);
         self.meter.memory(payload, &Saved { memory_compressed_bytes: compressed, ..saved });
         self.content_sent += nonzero * crate::hypervisor::PAGE_BYTES as u64;

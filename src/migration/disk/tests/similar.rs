@@ -97,17 +97,21 @@ async fn a_mistaken_patch_is_asked_for_again_whole() {
     {
         let (mut receiver, _) = ends.receiver(new.len() as u64, Vec::new()).await;
         let offer = Offer { disk: 0, entries: vec![entry] }.encode();
-        receiver.apply(&BulkHeader::Offer { item: 0 }, offer).await.unwrap();
+        receiver.apply(Unpacked::of(BulkHeader::Offer { item: 0 }, offer).await).await.unwrap();
         let list = BlockList { offer: 0, blocks: blocks.clone(), samples: Vec::new() }.encode();
-        let answer = receiver.apply(&BulkHeader::Blocks { item: 1 }, list).await.unwrap();
+        let answer =
+            receiver.apply(Unpacked::of(BulkHeader::Blocks { item: 1 }, list).await).await.unwrap();
         let Some(ToSource::Want { wanted: bits, bases, .. }) = answer else { panic!("{answer:?}") };
         assert_eq!(Answer::decode(&bits, 4).unwrap().0, wanted);
         let bases = Bases::decode(&bases, 1).unwrap().0;
         let patch = Patch::make(piece, made_for, &bases[0].1).unwrap().encode();
         let part = BundlePart::Patch { offset: 0, data: patch };
-        receiver.apply(&BulkHeader::Chunks { item: 2 }, bundle(part)).await.unwrap();
+        receiver
+            .apply(Unpacked::of(BulkHeader::Chunks { item: 2 }, bundle(part)).await)
+            .await
+            .unwrap();
         let end = BulkHeader::End { item: 3, disk: 0 };
-        let lacking = receiver.apply(&end, Bytes::new()).await.unwrap();
+        let lacking = receiver.apply(Unpacked::of(end, Bytes::new()).await).await.unwrap();
         let Some(ToSource::Lacking { pieces, .. }) = lacking else { panic!("{lacking:?}") };
         assert_eq!(pieces.is_empty(), comes_together);
         assert_eq!(ends.has() == new, comes_together);
