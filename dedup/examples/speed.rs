@@ -108,7 +108,7 @@ fn page_batches(pages: &[&[u8; PAGE_BYTES]]) {
         report(&format!("page batches, decode and prove, {level:?}"), bytes, || {
             let rebuilt = coded.iter().map(|batch| {
                 let batch = decode(batch, &limits).expect("it was encoded just now");
-                batch.rebuild(|_| None).expect("its pages are full").len()
+                batch.rebuild(|_| None, |_| None).expect("its pages are full").len()
             });
             rebuilt.sum::<usize>()
         });

@@ -85,6 +85,11 @@ impl Piece {
     pub fn entry(&self) -> RecipeEntry {
         RecipeEntry { offset: self.offset, len: self.len, id: self.id }
     }
+
+    /// Its bytes of the disk.
+    pub fn range(&self) -> Range<u64> {
+        self.offset..self.offset + u64::from(self.len)
+    }
 }
 
 /// Stretches of a disk, cut.

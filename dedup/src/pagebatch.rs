@@ -10,11 +10,12 @@
 //! ```text
 //! version u8 | content hash (32 bytes) | Packed:
 //!   count varint
-//!   | count kinds (u8: 0 zero run, 1 full, 2 same, 3 delta)
+//!   | count kinds (u8: 0 zero run, 1 full, 2 same, 3 delta, 4 block)
 //!   | count regions (varint, zigzag difference to the record before)
 //!   | count pages (varint, zigzag difference to the page behind the record before)
 //!   | for each zero run: pages in it (varint)
 //!   | for each same: region, page (varints, zigzag difference to the record's own)
+//!   | for each block: disk, block (varints, zigzag difference to the block behind the last one's)
 //!   | for each delta: bitmap (u16)
 //!   | for each full: 4096 bytes
 //!   | for each delta: its changed sub-blocks
@@ -37,15 +38,16 @@ use crate::{
 /// Records in one batch: 16 MiB of pages.
 pub const MAX_PAGES_PER_BATCH: usize = 4096;
 
-/// A batch's unpacked length, with the widest headers: a kind, five varints, a bitmap.
-const MAX_UNPACKED_BATCH: usize = MAX_PAGES_PER_BATCH * (PAGE_BYTES + 64);
+/// A batch's unpacked length, with the widest headers: a kind, six varints, a bitmap.
+const MAX_UNPACKED_BATCH: usize = MAX_PAGES_PER_BATCH * (PAGE_BYTES + 72);
 const _: () = assert!(MAX_UNPACKED_BATCH <= MAX_UNPACKED_BYTES);
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const KIND_ZERO: u8 = 0;
 const KIND_FULL: u8 = 1;
 const KIND_SAME: u8 = 2;
 const KIND_DELTA: u8 = 3;
+const KIND_BLOCK: u8 = 4;
 
 /// A page's place in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -54,6 +56,15 @@ pub struct PageAt {
     pub region: u16,
     /// Page number within the region.
     pub page: u64,
+}
+
+/// A block's place on a disk that the target has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockAt {
+    /// The disk, by its place in the VM's description.
+    pub disk: u16,
+    /// Its number there, in blocks of a page's size.
+    pub block: u64,
 }
 
 /// What one page, or a run of them, is to become.
@@ -88,6 +99,13 @@ pub enum PageRecord {
         /// What changes.
         delta: Delta,
     },
+    /// What a block of a disk holds at the target.
+    Block {
+        /// The page.
+        at: PageAt,
+        /// The block whose content it gets.
+        block: BlockAt,
+    },
 }
 
 impl PageRecord {
@@ -97,7 +115,8 @@ impl PageRecord {
             Self::Zero { at, .. }
             | Self::Full { at, .. }
             | Self::Same { at, .. }
-            | Self::Delta { at, .. } => *at,
+            | Self::Delta { at, .. }
+            | Self::Block { at, .. } => *at,
         }
     }
 
@@ -105,7 +124,7 @@ impl PageRecord {
     pub fn pages(&self) -> u64 {
         match self {
             Self::Zero { count, .. } => u64::from(*count),
-            Self::Full { .. } | Self::Same { .. } | Self::Delta { .. } => 1,
+            _ => 1,
         }
     }
 
@@ -115,6 +134,7 @@ impl PageRecord {
             Self::Full { .. } => KIND_FULL,
             Self::Same { .. } => KIND_SAME,
             Self::Delta { .. } => KIND_DELTA,
+            Self::Block { .. } => KIND_BLOCK,
         }
     }
 
@@ -256,7 +276,7 @@ pub fn encode(
     let content = |record: &PageRecord| match record {
         PageRecord::Full { .. } => PAGE_BYTES,
         PageRecord::Delta { delta, .. } => delta.data().len(),
-        PageRecord::Zero { .. } | PageRecord::Same { .. } => 0,
+        _ => 0,
     };
     let content_bytes: usize = records.iter().map(content).sum();
     let mut plain = Vec::with_capacity(content_bytes + 8 * records.len() + 8);
@@ -282,6 +302,14 @@ pub fn encode(
         if let PageRecord::Same { at, like } = record {
             put_difference(&mut plain, u64::from(like.region), u64::from(at.region));
             put_difference(&mut plain, like.page, at.page);
+        }
+    }
+    let mut next = BlockAt { disk: 0, block: 0 };
+    for record in records {
+        if let PageRecord::Block { block, .. } = record {
+            put_difference(&mut plain, u64::from(block.disk), u64::from(next.disk));
+            put_difference(&mut plain, block.block, next.block);
+            next = BlockAt { block: block.block.wrapping_add(1), ..*block };
         }
     }
     for record in records {
@@ -313,7 +341,7 @@ pub fn decode(bytes: &Bytes, limits: &Limits<'_>) -> Result<PageBatch, PageBatch
     let content_hash = ContentHash(cursor.array("content hash")?);
     let packed = Packed::decode(&bytes.slice_ref(cursor.rest()))?;
     let max_records = limits.records.min(MAX_PAGES_PER_BATCH);
-    let plain = decompress(&packed, max_records * (PAGE_BYTES + 64))?;
+    let plain = decompress(&packed, max_records * (PAGE_BYTES + 72))?;
     let records = decode_records(&plain, max_records, limits)?;
     Ok(PageBatch { records, content_hash })
 }
@@ -326,7 +354,7 @@ fn decode_records(
     let mut cursor = Cursor::new(plain);
     let count = cursor.count(max_records, "records")?;
     let kinds = cursor.take(count, "kinds")?;
-    if kinds.iter().any(|kind| *kind > KIND_DELTA) {
+    if kinds.iter().any(|kind| *kind > KIND_BLOCK) {
         return Err(DecodeError::Invalid { what: "kind" }.into());
     }
     let of_kind = |kind: u8| kinds.iter().filter(move |found| **found == kind).count();
@@ -349,6 +377,10 @@ fn decode_records(
     for _ in 0..2 * of_kind(KIND_SAME) {
         cursor.varint("page of the same content")?;
     }
+    let mut blocks = cursor;
+    for _ in 0..2 * of_kind(KIND_BLOCK) {
+        cursor.varint("block of a disk")?;
+    }
     let deltas = of_kind(KIND_DELTA);
     let mut bitmaps = Cursor::new(cursor.take(2 * deltas, "bitmaps")?);
     let mut fulls = Cursor::new(cursor.take(of_kind(KIND_FULL) * PAGE_BYTES, "contents")?);
@@ -356,6 +388,7 @@ fn decode_records(
 
     let mut records = Vec::with_capacity(count);
     let mut behind = 0;
+    let mut next = BlockAt { disk: 0, block: 0 };
     for (kind, region) in kinds.iter().zip(regions) {
         let page = pages.difference(behind, "page")?;
         let run = if *kind == KIND_ZERO { take_run(&mut runs)? } else { 1 };
@@ -372,6 +405,14 @@ fn decode_records(
                 let region = likes.difference(region, "region of the same content")?;
                 let page = likes.difference(page, "page of the same content")?;
                 PageRecord::Same { at, like: limits.place(region, page, 1)? }
+            }
+            KIND_BLOCK => {
+                let disk = blocks.difference(u64::from(next.disk), "disk")?;
+                let disk =
+                    u16::try_from(disk).map_err(|_| DecodeError::Invalid { what: "disk" })?;
+                let block = blocks.difference(next.block, "block of a disk")?;
+                next = BlockAt { disk, block: block.wrapping_add(1) };
+                PageRecord::Block { at, block: BlockAt { disk, block } }
             }
             _ => {
                 let changed = bitmaps.u16("bitmaps")?;

@@ -8,7 +8,7 @@ use longhaul_dedup::{
     compress::{Compressor, Level},
     delta::{self, Delta, SubHashes},
     pagebatch::{
-        ContentHash, ContentHasher, Limits, MAX_PAGES_PER_BATCH, PageAt, PageBatchError,
+        BlockAt, ContentHash, ContentHasher, Limits, MAX_PAGES_PER_BATCH, PageAt, PageBatchError,
         PageRecord, Placed, RebuildError, decode, encode,
     },
     pages::{PAGE_BYTES, Page, PageHash},
@@ -34,6 +34,11 @@ fn packed(records: &[PageRecord], content_hash: ContentHash, level: Level) -> By
     encode(records, content_hash, &mut Compressor::new(), level)
 }
 
+/// A disk of which each block is full of its own number.
+fn disk(place: BlockAt) -> Option<Page> {
+    (place.disk == 1).then(|| page(place.block as u8))
+}
+
 fn no_hash() -> ContentHash {
     ContentHasher::new().finish()
 }
@@ -46,6 +51,8 @@ fn the_bytes_of_a_batch_are_fixed() {
         PageRecord::Full { at: at(0, 8), content: page(7) },
         PageRecord::Same { at: at(2, 1), like: at(0, 8) },
         PageRecord::Delta { at: at(2, 0), delta: changed },
+        PageRecord::Block { at: at(2, 1), block: BlockAt { disk: 1, block: 9 } },
+        PageRecord::Block { at: at(2, 2), block: BlockAt { disk: 1, block: 10 } },
     ];
     let mut hasher = ContentHasher::new();
     hasher.zero(at(0, 3), 5);
@@ -57,15 +64,17 @@ fn the_bytes_of_a_batch_are_fixed() {
     assert_eq!(content_hash.as_bytes(), blake3::hash(&hashed).as_bytes());
 
     let bytes = packed(&records, content_hash, Level::Store);
-    let mut expected = vec![1];
+    let mut expected = vec![2];
     expected.extend_from_slice(content_hash.as_bytes());
-    // Stored, 4370 bytes; 4 records; kinds; regions 0 0 +2 0; pages +3, 0, 1 - 9, 0 - 2; a run of
-    // 5; like 2 - 2, 1 + 7; a bitmap.
-    expected.extend_from_slice(&[0, 0x92, 0x22]);
-    expected.extend_from_slice(&[4, 0, 1, 2, 3, 0, 0, 4, 0, 6, 0, 15, 3, 5, 3, 14, 2, 0]);
+    // Stored, 4380 bytes; 6 records; kinds; regions 0 0 +2 0 0 0; pages +3, 0, 1 - 9, 0 - 2, 0, 0; a run
+    // of 5; like 2 - 2, 1 + 7; blocks 9 of disk 1 and the next; a bitmap.
+    expected.extend_from_slice(&[0, 0x9c, 0x22]);
+    expected
+        .extend_from_slice(&[6, 0, 1, 2, 3, 4, 4, 0, 0, 4, 0, 0, 0, 6, 0, 15, 3, 0, 0, 5, 3, 14]);
+    expected.extend_from_slice(&[2, 18, 0, 0, 2, 0]);
     expected.extend_from_slice(&[7; PAGE_BYTES]);
     expected.extend_from_slice(&[5; 256]);
-    assert_eq!(bytes[..54], expected[..54]);
+    assert_eq!(bytes[..64], expected[..64]);
     assert!(bytes == expected, "contents");
 }
 
@@ -103,7 +112,7 @@ fn references_are_to_the_last_record_before_them() {
     let bytes = packed(&records, hasher.finish(), Level::Zstd(1));
     let batch = decode(&bytes, &LIMITS).unwrap();
     assert_eq!(batch.records(), records);
-    let placed = batch.rebuild(|place| (place == at(0, 1)).then(|| page(1))).unwrap();
+    let placed = batch.rebuild(|place| (place == at(0, 1)).then(|| page(1)), disk).unwrap();
     for (placed, content) in placed.iter().zip(contents) {
         if let Placed::Page { content: rebuilt, hash: rebuilt_hash, .. } = placed {
             assert_eq!(rebuilt, content);
@@ -118,12 +127,34 @@ fn a_reference_that_went_astray_is_found() {
     let mut hasher = ContentHasher::new();
     hasher.page(at(0, 5), &hash(&page(1)));
     let batch = decode(&packed(&records, hasher.finish(), Level::Store), &LIMITS).unwrap();
-    assert!(batch.clone().rebuild(|_| Some(page(1))).is_ok());
-    assert_eq!(batch.clone().rebuild(|_| Some(page(2))), Err(RebuildError::Mismatch));
+    assert!(batch.clone().rebuild(|_| Some(page(1)), disk).is_ok());
+    assert_eq!(batch.clone().rebuild(|_| Some(page(2)), disk), Err(RebuildError::Mismatch));
     assert_eq!(
-        batch.rebuild(|_| None),
+        batch.rebuild(|_| None, disk),
         Err(RebuildError::Missing { at: at(0, 5), like: at(2, 3) })
     );
+}
+
+#[test]
+fn blocks_of_a_disk_are_asked_for_in_order_and_proven() {
+    let block = |disk, block| BlockAt { disk, block };
+    let record = |place, block| PageRecord::Block { at: at(0, place), block };
+    let same = PageRecord::Same { at: at(0, 7), like: at(0, 5) };
+    let records = [record(5, block(1, 3)), record(6, block(1, 200)), same];
+    let mut hasher = ContentHasher::new();
+    for (place, byte) in [(5, 3), (6, 200), (7, 3)] {
+        hasher.page(at(0, place), &hash(&page(byte)));
+    }
+    let batch = decode(&packed(&records, hasher.finish(), Level::Store), &LIMITS).unwrap();
+    assert_eq!(batch.records(), records);
+    assert_eq!(batch.clone().rebuild(|_| None, disk).unwrap().len(), 3);
+    let other = |place: BlockAt| Some(page(place.block as u8 + u8::from(place.block == 200)));
+    assert_eq!(batch.clone().rebuild(|_| None, other), Err(RebuildError::Mismatch));
+    let missing = RebuildError::MissingBlock { at: at(0, 5), block: block(1, 3) };
+    assert_eq!(batch.clone().rebuild(|_| None, |_| None), Err(missing));
+    // Those that were asked for again, whatever the disk holds now.
+    let mut again = [page(3), page(200)].into_iter();
+    assert!(batch.rebuild(|_| None, |_| again.next()).is_ok());
 }
 
 #[test]
@@ -132,7 +163,7 @@ fn right_content_at_the_wrong_place_is_found() {
     hasher.page(at(0, 5), &hash(&page(1)));
     let elsewhere = [PageRecord::Full { at: at(0, 6), content: page(1) }];
     let batch = decode(&packed(&elsewhere, hasher.finish(), Level::Store), &LIMITS).unwrap();
-    assert_eq!(batch.rebuild(|_| None), Err(RebuildError::Mismatch));
+    assert_eq!(batch.rebuild(|_| None, disk), Err(RebuildError::Mismatch));
 }
 
 #[test]
@@ -193,6 +224,7 @@ enum Write {
     Full { place: PageAt, byte: u8 },
     Same { place: PageAt, like: PageAt },
     Change { place: PageAt, offset: usize, byte: u8 },
+    Block { place: PageAt, number: u64 },
 }
 
 fn place() -> impl Strategy<Value = PageAt> {
@@ -213,6 +245,7 @@ fn write() -> impl Strategy<Value = Write> {
             offset,
             byte
         }),
+        (place(), any::<u64>()).prop_map(|(place, number)| Write::Block { place, number }),
     ]
 }
 
@@ -241,6 +274,11 @@ fn code(memory: &mut Memory, writes: &[Write]) -> (Vec<PageRecord>, ContentHash)
             Write::Same { place, like } => {
                 let Some(content) = memory.get(like) else { continue };
                 (place, PageRecord::Same { at: *place, like: *like }, content.clone())
+            }
+            Write::Block { place, number } => {
+                let block = BlockAt { disk: 1, block: *number };
+                let content = disk(block).unwrap();
+                (place, PageRecord::Block { at: *place, block }, content)
             }
             Write::Change { place, offset, byte } => {
                 let Some(old) = memory.get(place) else { continue };
@@ -285,7 +323,7 @@ proptest! {
             let (records, content_hash) = code(&mut source, writes);
             let batch = decode(&packed(&records, content_hash, level), &LIMITS).unwrap();
             prop_assert_eq!(batch.records(), &records[..]);
-            let placed = batch.rebuild(|place| target.get(&place).cloned()).unwrap();
+            let placed = batch.rebuild(|place| target.get(&place).cloned(), disk).unwrap();
             write_all(&mut target, placed);
             prop_assert_eq!(&target, &source);
         }
@@ -308,7 +346,7 @@ proptest! {
             bytes[place.index(reach)] = *byte;
         }
         if let Ok(batch) = decode(&bytes.into(), &LIMITS)
-            && let Ok(placed) = batch.rebuild(|place| before.get(&place).cloned())
+            && let Ok(placed) = batch.rebuild(|place| before.get(&place).cloned(), disk)
         {
             let mut target = before;
             write_all(&mut target, placed);
@@ -320,7 +358,7 @@ proptest! {
     fn garbage_is_no_batch(garbage in prop::collection::vec(any::<u8>(), 0..600)) {
         // As a whole message, and as the records of one that is stored.
         prop_assert!(decode(&Bytes::from(garbage.clone()), &LIMITS).is_err());
-        let mut message = vec![1];
+        let mut message = vec![2];
         message.extend_from_slice(&[0; 32]);
         Compressor::new().compress(Level::Store, garbage.into()).encode_into(&mut message);
         let _ = decode(&message.into(), &LIMITS);

@@ -68,6 +68,7 @@ impl Tally {
         sum.disk_compressed_bytes += more.disk_compressed_bytes;
         sum.memory_zero_bytes += more.memory_zero_bytes;
         sum.memory_repeated_bytes += more.memory_repeated_bytes;
+        sum.memory_on_disk_bytes += more.memory_on_disk_bytes;
         sum.memory_superseded_bytes += more.memory_superseded_bytes;
         sum.memory_delta_bytes += more.memory_delta_bytes;
         sum.memory_compressed_bytes += more.memory_compressed_bytes;

@@ -92,6 +92,7 @@ fn saved(saved: &Saved) -> String {
         ("disk compression", saved.disk_compressed_bytes),
         ("zero in memory", saved.memory_zero_bytes),
         ("repeated pages", saved.memory_repeated_bytes),
+        ("pages that lie on disk", saved.memory_on_disk_bytes),
         ("superseded pages", saved.memory_superseded_bytes),
         ("page differences", saved.memory_delta_bytes),
         ("memory compression", saved.memory_compressed_bytes),

@@ -342,10 +342,19 @@ pub struct IncomingDisk {
     pub image: Box<dyn DiskImage>,
     /// Where it lies; beside it lies the record of what was written to it.
     pub path: PathBuf,
+    /// How it is encoded.
+    pub format: spec::ImageFormat,
     /// Whether it was made just now and holds nothing but zeros.
     pub fresh: bool,
     /// The image that it is until it is first written to: until then nothing lies at `path`.
     pub begins_as: Option<PathBuf>,
+}
+
+impl IncomingDisk {
+    /// The image, if a byte of it is a byte of the disk.
+    pub fn raw(&self) -> Option<PathBuf> {
+        (self.format == spec::ImageFormat::Raw).then(|| self.path.clone())
+    }
 }
 
 /// This host, as one that VMs leave and arrive at.

@@ -54,6 +54,7 @@ pub(super) struct Link {
     control: Mutex<ControlSender>,
     replies: Mutex<mpsc::Receiver<ToSource>>,
     wants: Mutex<mpsc::Receiver<ToSource>>,
+    unproven: Mutex<mpsc::Receiver<u64>>,
     applied: watch::Receiver<Applied>,
     health: watch::Receiver<Health>,
     rounds: AtomicU32,
@@ -78,10 +79,12 @@ impl Link {
             .ok_or_else(|| MigrationError::cut(peer, "its control stream is in use"))?;
         let (replies_in, replies) = mpsc::channel(REPLIES_MAX);
         let (wants_in, wants) = mpsc::channel(WANTS_MAX);
+        // The target waits for the answer before it can ask again.
+        let (unproven_in, unproven) = mpsc::channel(1);
         let (applied_in, applied) = watch::channel(Applied::default());
         let (health_in, health) = watch::channel(Health::Good);
         let reader = tokio::spawn(async move {
-            let end = sort(receiver, replies_in, wants_in, applied_in).await;
+            let end = sort(receiver, replies_in, wants_in, unproven_in, applied_in).await;
             health_in.send_replace(end);
         });
         Ok(Self {
@@ -90,6 +93,7 @@ impl Link {
             control: Mutex::new(control),
             replies: Mutex::new(replies),
             wants: Mutex::new(wants),
+            unproven: Mutex::new(unproven),
             applied,
             health,
             rounds: AtomicU32::new(0),
@@ -207,6 +211,15 @@ impl Link {
         }
     }
 
+    /// The next memory item of which the target wants the named pages in full. Never, once the link is
+    /// lost.
+    pub(super) async fn unproven(&self) -> u64 {
+        match self.unproven.lock().await.recv().await {
+            Some(item) => item,
+            None => std::future::pending().await,
+        }
+    }
+
     /// The number of the next round of disk items, from 1.
     pub(super) fn next_round(&self) -> u32 {
         self.rounds.fetch_add(1, Ordering::Relaxed) + 1
@@ -294,6 +307,7 @@ async fn sort(
     mut receiver: ControlReceiver,
     replies: mpsc::Sender<ToSource>,
     wants: mpsc::Sender<ToSource>,
+    unproven: mpsc::Sender<u64>,
     applied: watch::Sender<Applied>,
 ) -> Health {
     loop {
@@ -306,6 +320,11 @@ async fn sort(
             answer @ (ToSource::Want { .. } | ToSource::Lacking { .. }) => {
                 if wants.try_send(answer).is_err() {
                     return Health::Cut("it answers offers that were not made".into());
+                }
+            }
+            ToSource::Unproven { item } => {
+                if unproven.try_send(item).is_err() {
+                    return Health::Cut("it asks for the same pages twice".into());
                 }
             }
             ToSource::RoundDone { round } => {

@@ -203,6 +203,8 @@ pub enum ToSource {
     Accepted {
         /// In the order of [`Open::disks`].
         at_generation: Vec<bool>,
+        /// For each disk: whether pages of memory may go as names of its blocks.
+        readable: Vec<bool>,
     },
     /// It cannot be; nothing was changed.
     Refused {
@@ -240,6 +242,12 @@ pub enum ToSource {
     MemoryApplied {
         /// How many.
         items: u64,
+    },
+    /// This memory item names blocks that do not hold what its pages are to become: its named pages
+    /// are wanted in full. Nothing behind it is applied before.
+    Unproven {
+        /// The item.
+        item: u64,
     },
     /// What the target's journal says.
     Verdict {
@@ -309,6 +317,11 @@ pub enum MemoryKind {
     Layout(MemoryLayout),
     /// Body: `dedup::pagebatch`.
     Pages,
+    /// The pages that an earlier item named by blocks, in its order. Body: `dedup::compress`.
+    Named {
+        /// That item.
+        of: u64,
+    },
     /// Bytes for the hypervisor, verbatim. Body: `dedup::compress`.
     Opaque,
     /// No body.

@@ -139,6 +139,7 @@ impl Meter {
         state.current.payload_bytes += payload;
         state.saved.memory_zero_bytes += forms.memory_zero_bytes;
         state.saved.memory_repeated_bytes += forms.memory_repeated_bytes;
+        state.saved.memory_on_disk_bytes += forms.memory_on_disk_bytes;
         state.saved.memory_delta_bytes += forms.memory_delta_bytes;
         state.saved.memory_compressed_bytes += forms.memory_compressed_bytes;
     }

@@ -229,7 +229,8 @@ impl Arrival<'_> {
         entered: &Entered,
     ) -> Result<(), MigrationError> {
         self.session.set_patience(self.site.link_patience);
-        self.tell(&ToSource::Accepted { at_generation: vec![false] }).await?;
+        self.tell(&ToSource::Accepted { at_generation: vec![false], readable: vec![false] })
+            .await?;
         let (disk_work, disk_queue) = mpsc::channel(QUEUED_ITEMS_MAX);
         // Nobody takes memory: an item of it is the peer's fault and ends the attempt.
         let (memory_work, _) = mpsc::channel(1);

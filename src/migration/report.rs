@@ -180,6 +180,9 @@ pub struct Saved {
     pub memory_zero_bytes: u64,
     /// Pages with repeated contents.
     pub memory_repeated_bytes: u64,
+    /// Pages that the target took from its disks.
+    #[serde(default)]
+    pub memory_on_disk_bytes: u64,
     /// Older versions of pages that were never sent.
     pub memory_superseded_bytes: u64,
     /// Pages sent as differences.

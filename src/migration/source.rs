@@ -21,7 +21,7 @@ use super::handover::Source;
 use super::job::{Dial, Job, Side, Site};
 use super::journal::{BeginError, Record};
 use super::link::Link;
-use super::memory::{MemorySender, Pump, SendState, Stage};
+use super::memory::{KnownBlocks, MemorySender, Pump, SendState, Stage};
 use super::message::{DiskOffer, JobId, Open, Purpose, ToSource, ToTarget, Token};
 use super::meter::Meter;
 use super::points;
@@ -65,6 +65,7 @@ pub async fn run(
         meter: Meter::new(&job.vm, &job.peer, Phase::Seed),
         coding: Coding::new(),
         record: ImageRecord::new(vm.images()),
+        blocks: known_blocks(job, vm.spec().memory_mib << 20),
         vm,
         was_running,
         start: Instant::now(),
@@ -105,8 +106,16 @@ struct Attempt<'a> {
     meter: Meter,
     coding: Coding,
     record: ImageRecord,
+    /// What the target's disks hold, for its memory.
+    blocks: Arc<KnownBlocks>,
     was_running: bool,
     start: Instant,
+}
+
+/// An index of what the target's disks hold, if memory is to follow.
+fn known_blocks(job: &Job, memory_bytes: u64) -> Arc<KnownBlocks> {
+    let moves = job.purpose == Purpose::Migrate;
+    Arc::new(KnownBlocks::new(if moves { memory_bytes } else { 0 }))
 }
 
 enum Worked {
@@ -141,6 +150,7 @@ impl Attempt<'_> {
             self.meter.later(self.vm.spec().memory_mib << 20);
         }
         self.seed(at_generation).await?;
+        self.blocks.is_over();
         if self.job.purpose == Purpose::Seed {
             self.sync().await?;
             self.delta_round(Class::Seed).await?;
@@ -176,7 +186,8 @@ impl Attempt<'_> {
         };
         self.link.tell(&ToTarget::Open(Box::new(open))).await?;
         match self.link.reply().await? {
-            ToSource::Accepted { at_generation } => {
+            ToSource::Accepted { at_generation, readable } => {
+                self.blocks.readable(readable);
                 let goes_on = seed.is_some() && at_generation.iter().all(|&at| at);
                 self.record.begin(&disk_bytes, !goes_on);
                 Ok(goes_on)
@@ -252,7 +263,8 @@ impl Attempt<'_> {
         how: How,
         class: Class,
     ) -> Result<(), MigrationError> {
-        let sender = DiskSender::new(&self.link, &self.meter, &self.coding, &self.record);
+        let sender = DiskSender::new(&self.link, &self.meter, &self.coding, &self.record)
+            .noting(&self.blocks);
         for (disk, view) in views.iter().enumerate() {
             sender.send(disk as u16, &**view, how, class).await?;
         }
@@ -278,7 +290,8 @@ impl Attempt<'_> {
         self.vm.set_memory_rate(MEMORY_RATE_BYTES_PER_S).await?;
         let (state, state_seen) = watch::channel(SendState::default());
         let pump = Pump::new(source, self.job.options.staging_bytes).run(&stage);
-        let sender = MemorySender::new(&self.link, &self.meter, &self.coding).run(&stage, &state);
+        let sender = MemorySender::new(&self.link, &self.meter, &self.coding, self.blocks.clone())
+            .run(&stage, &state);
         let steer = async {
             self.precopy(&stage, &state_seen).await?;
             self.switchover(&stage).await

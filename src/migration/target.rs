@@ -4,6 +4,7 @@
 //! before that leaves a durable refusal. Items are applied by tasks of their own ([`items`]); this file
 //! sorts messages and decides when everything is there.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use longhaul_transport::{ControlReceiver, ControlSender, Session};
@@ -23,7 +24,7 @@ use super::message::{JobId, MAX_DISKS, Open, Purpose, ToSource, ToTarget, Token}
 use super::points;
 use super::push;
 use super::settle::{self, Arriving};
-use crate::hypervisor::{DiskInfo, VmSpec};
+use crate::hypervisor::{DiskInfo, IncomingDisk, VmSpec};
 
 /// How long a session stays open behind the last words.
 const LINGER: Duration = Duration::from_secs(10);
@@ -80,7 +81,9 @@ pub async fn serve(
                 last.talk = Some((Some(job), control, messages));
                 return (last, outcome);
             }
-            Ok((None, ..)) => Ok(ToSource::Accepted { at_generation: Vec::new() }),
+            Ok((None, ..)) => {
+                Ok(ToSource::Accepted { at_generation: Vec::new(), readable: Vec::new() })
+            }
             Err(reasons) => {
                 tracing::info!(peer, ?reasons, "a VM was refused");
                 Ok(ToSource::Refused { reasons })
@@ -256,6 +259,8 @@ impl<'a> Arrival<'a> {
         infos: Vec<DiskInfo>,
     ) -> Result<(), MigrationError> {
         let incoming = self.site.host.incoming_disks(self.spec, &infos).await?;
+        let images: Vec<Option<PathBuf>> = incoming.iter().map(IncomingDisk::raw).collect();
+        let readable = images.iter().map(Option::is_some).collect();
         let known = self.site.host.known_images().await?;
         let known = Known::of(known, self.site.index.clone()).await;
         let disks = DiskReceiver::open(self.peer, infos, incoming, known).await?;
@@ -265,7 +270,7 @@ impl<'a> Arrival<'a> {
             .enumerate()
             .map(|(disk, since)| since.is_some_and(|generation| disks.is_at(disk, generation)))
             .collect();
-        self.tell(&ToSource::Accepted { at_generation }).await?;
+        self.tell(&ToSource::Accepted { at_generation, readable }).await?;
 
         let (disk_work, disk_queue) = mpsc::channel(QUEUED_ITEMS_MAX);
         let (memory_work, memory_queue) = mpsc::channel(QUEUED_ITEMS_MAX);
@@ -273,6 +278,7 @@ impl<'a> Arrival<'a> {
         let (memory_items_in, mut memory_items) = watch::channel(0);
         let (wants_in, mut wants) = mpsc::channel(QUEUED_ITEMS_MAX);
         let (received_in, mut received) = watch::channel(Received::nothing());
+        let unproven = wants_in.clone();
         self.tasks.spawn(items::write_disks(disks, disk_queue, disk_items_in, wants_in));
         self.tasks.spawn(items::sort(
             self.peer.to_owned(),
@@ -282,7 +288,7 @@ impl<'a> Arrival<'a> {
             received_in,
         ));
         // The memory task starts when the hypervisor is there.
-        let mut starting = Some((memory_queue, memory_items_in));
+        let mut starting = Some((memory_queue, memory_items_in, images, unproven));
 
         loop {
             if let Some((round, items)) = self.round
@@ -314,13 +320,15 @@ impl<'a> Arrival<'a> {
                             self.round = Some((round, items));
                         }
                         Some(ToTarget::Prepare) => {
-                            let Some((queue, items)) = starting.take() else {
+                            let Some((queue, items, images, unproven)) = starting.take() else {
                                 return Err(self.bad("it prepares twice"));
                             };
                             let vm = self.site.host.prepare(self.spec).await?;
                             self.settling.vm = Some(vm.clone());
                             let sink = vm.open_memory().await?;
-                            let memory = MemoryReceiver::new(self.peer, &self.site.scratch)?;
+                            let scratch = &self.site.scratch;
+                            let memory =
+                                MemoryReceiver::new(self.peer, scratch, images, unproven)?;
                             self.tasks.spawn(memory::receive(memory, sink, queue, items));
                             self.tell(&ToSource::Prepared).await?;
                         }

@@ -19,7 +19,7 @@ fuzz_target!(|input: &[u8]| {
     let message = if choice % 2 == 0 {
         rest.to_vec()
     } else {
-        let mut message = vec![1];
+        let mut message = vec![2];
         message.extend_from_slice(ContentHasher::new().finish().as_bytes());
         let records = Bytes::copy_from_slice(rest);
         Compressor::new().compress(Level::Store, records).encode_into(&mut message);
@@ -28,6 +28,7 @@ fuzz_target!(|input: &[u8]| {
     let Ok(batch) = decode(&message.into(), &LIMITS) else { return };
     let again = encode(batch.records(), batch.content_hash(), &mut Compressor::new(), Level::Store);
     assert_eq!(decode(&again, &LIMITS).as_ref(), Ok(&batch));
-    let _ = batch.clone().rebuild(|_| None);
-    let _ = batch.rebuild(|at| Some(Page::from(&[at.page as u8; 4096])));
+    let _ = batch.clone().rebuild(|_| None, |_| None);
+    let like = |at: u64| Some(Page::from(&[at as u8; 4096]));
+    let _ = batch.rebuild(|at| like(at.page), |at| like(at.block));
 });

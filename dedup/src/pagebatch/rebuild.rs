@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use super::{ContentHasher, PageAt, PageBatch, PageRecord};
+use super::{BlockAt, ContentHasher, PageAt, PageBatch, PageRecord};
 use crate::{
     delta,
     pages::{Page, PageHash, hash_pages},
@@ -43,6 +43,15 @@ pub enum RebuildError {
         /// The page that it refers to.
         like: PageAt,
     },
+    /// It refers to a block that cannot be read.
+    #[error("region {} page {} refers to block {} of disk {}, which is not here: ask for the \
+             batch again in full", at.region, at.page, block.block, block.disk)]
+    MissingBlock {
+        /// The page to rebuild.
+        at: PageAt,
+        /// The block that it refers to.
+        block: BlockAt,
+    },
     /// The pages are not what the source has: a reference or difference met other content than it
     /// was made for, or bytes were damaged.
     #[error("the pages of a batch do not hash to what the source has: ask for it again in full")]
@@ -53,10 +62,12 @@ impl PageBatch {
     /// Rebuilds the batch's pages and proves them.
     ///
     /// `last` gives the content that the target last got for a page in an earlier batch, zeros
-    /// included, and `None` if it got none or kept none.
+    /// included, and `None` if it got none or kept none. `block` gives what a block of a disk holds, and
+    /// is asked in the order of the records.
     pub fn rebuild(
         self,
         mut last: impl FnMut(PageAt) -> Option<Page>,
+        mut block: impl FnMut(BlockAt) -> Option<Page>,
     ) -> Result<Vec<Placed>, RebuildError> {
         let mut earlier = Earlier::default();
         let mut contents: Vec<Page> = Vec::with_capacity(self.records.len());
@@ -72,6 +83,9 @@ impl PageBatch {
                     .content(*like, &contents)
                     .or_else(|| last(*like))
                     .ok_or(RebuildError::Missing { at, like: *like })?,
+                PageRecord::Block { block: place, .. } => {
+                    block(*place).ok_or(RebuildError::MissingBlock { at, block: *place })?
+                }
                 PageRecord::Delta { delta, .. } => {
                     let base = earlier
                         .content(at, &contents)

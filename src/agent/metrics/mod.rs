@@ -202,6 +202,7 @@ fn ended(tallies: &[Tally], last: Option<&JobRecord>) -> Vec<Metric> {
             ("disk-compressed", tally.saved.disk_compressed_bytes),
             ("memory-zero", tally.saved.memory_zero_bytes),
             ("memory-repeated", tally.saved.memory_repeated_bytes),
+            ("memory-on-disk", tally.saved.memory_on_disk_bytes),
             ("memory-superseded", tally.saved.memory_superseded_bytes),
             ("memory-delta", tally.saved.memory_delta_bytes),
             ("memory-compressed", tally.saved.memory_compressed_bytes),

@@ -210,7 +210,13 @@ impl Host for QemuHost {
                 image = open_image(&self.tools, &file, Access::Write).await?;
                 fresh = true;
             }
-            incoming.push(IncomingDisk { image, path: file.path, fresh, begins_as: None });
+            incoming.push(IncomingDisk {
+                image,
+                path: file.path,
+                format: file.format,
+                fresh,
+                begins_as: None,
+            });
         }
         Ok(incoming)
     }

@@ -127,7 +127,8 @@ pub(super) async fn incoming(
         let image = BegunLater::open(tools, old, file.clone()).await?;
         if image.bytes() == bytes {
             let image = Box::new(image);
-            return Ok(IncomingDisk { image, path: part, fresh, begins_as: Some(path) });
+            let (format, begins_as) = (file.format, Some(path));
+            return Ok(IncomingDisk { image, path: part, format, fresh, begins_as });
         }
         begin_from(&path, &part).await?;
     } else if !part.exists() {
@@ -152,7 +153,7 @@ pub(super) async fn incoming(
         }
         image = open_image(tools, &file, Access::Write).await?;
     }
-    Ok(IncomingDisk { image, path: part, fresh, begins_as: None })
+    Ok(IncomingDisk { image, path: part, format: file.format, fresh, begins_as: None })
 }
 
 /// Gives an image that is complete, durable and closed its name, unless the one of that name is what it

@@ -25,6 +25,7 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use super::super::coding::Coding;
 use super::super::error::MigrationError;
 use super::super::link::Link;
+use super::super::memory::KnownBlocks;
 use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
 use super::super::meter::Meter;
 use super::PARCELS_UNDER_WAY;
@@ -78,6 +79,8 @@ pub(in super::super) struct DiskSender<'a> {
     pub(super) meter: &'a Meter,
     coding: &'a Coding,
     pub(super) record: &'a ImageRecord,
+    /// What the target comes to hold, if somebody wants to know.
+    blocks: Option<&'a KnownBlocks>,
     /// See [`KEPT_BYTES`].
     kept_bytes: usize,
 }
@@ -89,7 +92,12 @@ impl<'a> DiskSender<'a> {
         coding: &'a Coding,
         record: &'a ImageRecord,
     ) -> Self {
-        Self { link, meter, coding, record, kept_bytes: KEPT_BYTES }
+        Self { link, meter, coding, record, blocks: None, kept_bytes: KEPT_BYTES }
+    }
+
+    /// One that notes what the target comes to hold.
+    pub(in super::super) fn noting(self, blocks: &'a KnownBlocks) -> Self {
+        Self { blocks: Some(blocks), ..self }
     }
 
     /// One that reads everything again.
@@ -132,6 +140,9 @@ impl<'a> DiskSender<'a> {
             while let Some(parcel) = parcels.next().await {
                 let mut parcel = parcel?;
                 self.record.note(disk, &parcel.scan, &parcel.zeros);
+                if let Some(blocks) = self.blocks {
+                    blocks.note(disk, &parcel.scan, &parcel.zeros);
+                }
                 if how == How::Push {
                     sending.put_zeros(&parcel).await;
                     let all = (0..parcel.scan.pieces.len()).collect();

@@ -34,6 +34,7 @@ use super::super::message::{BulkHeader, ToSource};
 use super::super::meter::Meter;
 use super::super::report::Phase;
 use super::{DiskReceiver, DiskSender, How, ImageRecord, Unpacked};
+use crate::hypervisor::spec::ImageFormat;
 use crate::hypervisor::{
     DiskImage, DiskInfo, DiskView, Extent, HypervisorError, ImageFile, IncomingDisk,
 };
@@ -189,7 +190,13 @@ impl Ends {
         file.set_len(bytes).unwrap();
         let written = Arc::<Mutex<Vec<_>>>::default();
         let image = Box::new(FileImage { file, bytes, written: Arc::clone(&written) });
-        let incoming = IncomingDisk { image, path: self.image(), fresh, begins_as: None };
+        let incoming = IncomingDisk {
+            image,
+            path: self.image(),
+            format: ImageFormat::Raw,
+            fresh,
+            begins_as: None,
+        };
         let info = DiskInfo { id: "disk".into(), bytes };
         (
             DiskReceiver::open("peer", vec![info], vec![incoming], known.into()).await.unwrap(),

@@ -6,6 +6,7 @@
 //! bytes for a page that is not zero (5 % of it), 8 for one that is.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use longhaul_dedup::delta::{self, SubHashes};
 use longhaul_dedup::pagebatch::{ContentHash, ContentHasher, PageAt, PageRecord};
@@ -13,6 +14,7 @@ use longhaul_dedup::pages::{PAGE_BYTES, Page, PageHash, hash_pages};
 
 use super::super::report::Saved;
 use super::super::staging::{PageKey, StagedPage};
+use super::blocks::{KnownBlocks, short};
 use crate::hypervisor::MemoryLayout;
 
 /// A difference larger than this is not worth its form: what is left of the page compresses better
@@ -43,6 +45,8 @@ pub(super) struct Coded {
     pub(super) saved: Saved,
     /// Bytes of content in the records, before compression.
     pub(super) content: u64,
+    /// The pages that go as names of blocks, in order.
+    pub(super) named: Vec<Page>,
 }
 
 /// A batch in the making.
@@ -51,6 +55,9 @@ struct Batch {
     records: Vec<PageRecord>,
     saved: Saved,
     content: u64,
+    named: Vec<Page>,
+    /// Pages may go as names of blocks.
+    names: bool,
 }
 
 /// The source's knowledge of what the target has.
@@ -59,11 +66,12 @@ pub(super) struct PageCoder {
     /// A page that had this content when it was last sent; the first 8 bytes of its hash, to be
     /// checked against that page's state.
     by_hash: HashMap<u64, PageKey>,
+    blocks: Arc<KnownBlocks>,
 }
 
 impl PageCoder {
     /// Nothing sent yet. The layout's sizes were bounded by whoever read it.
-    pub(super) fn new(layout: &MemoryLayout) -> Self {
+    pub(super) fn new(layout: &MemoryLayout, blocks: Arc<KnownBlocks>) -> Self {
         let regions = layout
             .regions
             .iter()
@@ -72,11 +80,12 @@ impl PageCoder {
                 (0..pages).map(|_| AtTarget::Unsent).collect()
             })
             .collect();
-        Self { regions, by_hash: HashMap::new() }
+        Self { regions, by_hash: HashMap::new(), blocks }
     }
 
-    /// Decides the form of each page, in order.
-    pub(super) fn code(&mut self, pages: Vec<StagedPage>) -> Coded {
+    /// Decides the form of each page, in order. With `names` a page may go as the name of a block that
+    /// the target has on a disk.
+    pub(super) fn code(&mut self, pages: Vec<StagedPage>, names: bool) -> Coded {
         let contents: Vec<(PageKey, Option<Page>)> = pages
             .into_iter()
             .map(|(key, content)| {
@@ -93,7 +102,7 @@ impl PageCoder {
         };
         let mut hashes = hashes.into_iter();
         let payload = (contents.len() * PAGE_BYTES) as u64;
-        let mut coded = Batch::default();
+        let mut coded = Batch { names, ..Batch::default() };
         for (key, content) in contents {
             match content {
                 None => self.code_zero(key, &mut coded),
@@ -103,7 +112,7 @@ impl PageCoder {
                 }
             }
         }
-        let Batch { records, saved, content } = coded;
+        let Batch { records, saved, content, named, .. } = coded;
         let mut hasher = ContentHasher::new();
         for record in &records {
             match record {
@@ -117,7 +126,7 @@ impl PageCoder {
                 }
             }
         }
-        Coded { records, content_hash: hasher.finish(), payload, saved, content }
+        Coded { records, content_hash: hasher.finish(), payload, saved, content, named }
     }
 
     fn code_zero(&mut self, key: PageKey, coded: &mut Batch) {
@@ -141,6 +150,7 @@ impl PageCoder {
     fn code_content(&mut self, key: PageKey, page: Page, hash: PageHash, coded: &mut Batch) {
         let at = place(key);
         let known = self.holder_of(&hash);
+        let block = if coded.names && known.is_none() { self.blocks.find(&hash) } else { None };
         let state = self.state(key);
         if matches!(state, AtTarget::Content(sent) if sent.hash == hash) {
             // It was written to, but not changed.
@@ -151,6 +161,10 @@ impl PageCoder {
         let record = if let Some(holder) = known {
             coded.saved.memory_repeated_bytes += PAGE_BYTES as u64;
             PageRecord::Same { at, like: place(holder) }
+        } else if let Some(block) = block {
+            coded.saved.memory_on_disk_bytes += PAGE_BYTES as u64;
+            coded.named.push(page);
+            PageRecord::Block { at, block }
         } else {
             let delta = match state {
                 AtTarget::Content(sent) => Some(delta::encode(page.as_array(), &sent.parts)),
@@ -188,12 +202,6 @@ impl PageCoder {
     }
 }
 
-fn short(hash: &PageHash) -> u64 {
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&hash.as_bytes()[..8]);
-    u64::from_le_bytes(bytes)
-}
-
 fn place(key: PageKey) -> PageAt {
     PageAt { region: key.region(), page: key.page() }
 }
@@ -207,7 +215,8 @@ mod tests {
 
     fn coder() -> PageCoder {
         let region = Region { name: "pc.ram".into(), bytes: 64 * PAGE_BYTES as u64 };
-        PageCoder::new(&MemoryLayout { section_id: 1, regions: vec![region] })
+        let layout = MemoryLayout { section_id: 1, regions: vec![region] };
+        PageCoder::new(&layout, Arc::new(KnownBlocks::new(0)))
     }
 
     fn page(number: u64, fill: u8) -> StagedPage {
@@ -217,7 +226,7 @@ mod tests {
     #[test]
     fn contents_go_once_and_repeats_name_the_page_that_has_them() {
         let mut coder = coder();
-        let coded = coder.code(vec![page(1, 7), page(2, 7), page(3, 8)]);
+        let coded = coder.code(vec![page(1, 7), page(2, 7), page(3, 8)], true);
         assert!(matches!(coded.records[0], PageRecord::Full { .. }));
         let like = PageAt { region: 0, page: 1 };
         assert!(matches!(coded.records[1], PageRecord::Same { like: l, .. } if l == like));
@@ -227,17 +236,17 @@ mod tests {
     #[test]
     fn a_page_that_did_not_change_is_not_sent_again() {
         let mut coder = coder();
-        coder.code(vec![page(1, 7)]);
-        assert!(coder.code(vec![page(1, 7)]).records.is_empty());
+        coder.code(vec![page(1, 7)], true);
+        assert!(coder.code(vec![page(1, 7)], true).records.is_empty());
     }
 
     #[test]
     fn a_small_change_goes_as_a_difference() {
         let mut coder = coder();
-        coder.code(vec![page(1, 7)]);
+        coder.code(vec![page(1, 7)], true);
         let mut changed = vec![7; PAGE_BYTES];
         changed[100] = 1;
-        let coded = coder.code(vec![(PageKey::new(0, 1), Some(Bytes::from(changed)))]);
+        let coded = coder.code(vec![(PageKey::new(0, 1), Some(Bytes::from(changed)))], true);
         assert!(matches!(coded.records[0], PageRecord::Delta { .. }));
         assert!(coded.content < 300);
     }
@@ -245,9 +254,9 @@ mod tests {
     #[test]
     fn a_page_whose_content_moved_on_is_not_named_as_equal() {
         let mut coder = coder();
-        coder.code(vec![page(1, 7)]);
-        coder.code(vec![page(1, 9)]);
-        let coded = coder.code(vec![page(2, 7)]);
+        coder.code(vec![page(1, 7)], true);
+        coder.code(vec![page(1, 9)], true);
+        let coded = coder.code(vec![page(2, 7)], true);
         assert!(matches!(coded.records[0], PageRecord::Full { .. }), "{:?}", coded.records);
     }
 
@@ -255,9 +264,9 @@ mod tests {
     fn zeros_are_runs_and_go_once() {
         let mut coder = coder();
         let zeros = || (0..50).map(|number| (PageKey::new(0, number), None)).collect();
-        let coded = coder.code(zeros());
+        let coded = coder.code(zeros(), true);
         assert_eq!(coded.records.len(), 1);
         assert_eq!(coded.records[0].pages(), 50);
-        assert!(coder.code(zeros()).records.is_empty());
+        assert!(coder.code(zeros(), true).records.is_empty());
     }
 }

@@ -2,14 +2,16 @@
 //!
 //! Invariant: items go out in the order in which the target must apply them, and no more is under
 //! way than the path holds: what is still in the staging area can be superseded, what is with QUIC
-//! cannot.
+//! cannot. Pages that went as names of blocks are kept until the target has them.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
 use longhaul_dedup::compress::{Compressor, Level};
 use longhaul_dedup::pagebatch;
+use longhaul_dedup::pages::{PAGE_BYTES, Page};
 use longhaul_transport::Class;
 
 use super::super::coding::Coding;
@@ -19,6 +21,7 @@ use super::super::message::{BulkHeader, MemoryKind};
 use super::super::meter::Meter;
 use super::super::report::Saved;
 use super::super::staging::StagedPage;
+use super::blocks::KnownBlocks;
 use super::code::{Coded, PageCoder};
 use super::pump::{Stage, Waiting};
 
@@ -33,6 +36,8 @@ const OPAQUE_BYTES: usize = 1 << 20;
 const WINDOW_BYTES_MIN: u64 = 512 << 10;
 /// And at most, whatever the path seems to hold.
 const WINDOW_BYTES_MAX: u64 = 64 << 20;
+/// Pages that went as names, at most, and are kept: a path of 100 ms takes 320 MiB of them a second.
+const NAMED_PAGES_MAX: usize = 8192;
 
 /// Sends memory items.
 pub(in super::super) struct MemorySender<'a> {
@@ -40,11 +45,20 @@ pub(in super::super) struct MemorySender<'a> {
     meter: &'a Meter,
     coding: &'a Coding,
     coder: Option<PageCoder>,
-    under_way: VecDeque<(u64, u64)>,
+    under_way: VecDeque<UnderWay>,
+    blocks: Arc<KnownBlocks>,
     /// How much of the window is in use, 0 to 1.
     fill: f32,
     content_sent: u64,
     wire_sent: u64,
+}
+
+/// An item that the target has not applied yet, as far as is known.
+struct UnderWay {
+    item: u64,
+    bytes: u64,
+    /// Pages that went as names of blocks.
+    named: Vec<Page>,
 }
 
 /// What is known about the sending, for the decision when to switch over.
@@ -57,13 +71,19 @@ pub(in super::super) struct SendState {
 }
 
 impl<'a> MemorySender<'a> {
-    pub(in super::super) fn new(link: &'a Link, meter: &'a Meter, coding: &'a Coding) -> Self {
+    pub(in super::super) fn new(
+        link: &'a Link,
+        meter: &'a Meter,
+        coding: &'a Coding,
+        blocks: Arc<KnownBlocks>,
+    ) -> Self {
         Self {
             link,
             meter,
             coding,
             coder: None,
             under_way: VecDeque::new(),
+            blocks,
             fill: 0.0,
             content_sent: 0,
             wire_sent: 0,
@@ -79,12 +99,17 @@ impl<'a> MemorySender<'a> {
         loop {
             self.make_room(state).await?;
             match next_work(stage) {
-                Work::Nothing => stage.filled.notified().await,
+                Work::Nothing => tokio::select! {
+                    () = stage.filled.notified() => {}
+                    item = self.link.unproven() => self.send_named(item).await?,
+                },
                 Work::Pages(pages) => {
                     stage.drained.notify_one();
-                    self.send_pages(pages).await?;
+                    // Towards the end nothing may have to be asked for again.
+                    let names = !stage.first_pass_done();
+                    self.send_pages(pages, names).await?;
                 }
-                Work::Item(Waiting::End) => return Ok(()),
+                Work::Item(Waiting::End) => return self.until_proven().await,
                 Work::Item(item) => {
                     stage.drained.notify_one();
                     self.send_waiting(item).await?;
@@ -99,11 +124,8 @@ impl<'a> MemorySender<'a> {
         state: &tokio::sync::watch::Sender<SendState>,
     ) -> Result<(), MigrationError> {
         loop {
-            let applied = self.link.applied().memory_items;
-            while self.under_way.front().is_some_and(|(item, _)| *item < applied) {
-                self.under_way.pop_front();
-            }
-            let unapplied: u64 = self.under_way.iter().map(|(_, bytes)| bytes).sum();
+            let applied = self.forget_applied();
+            let unapplied: u64 = self.under_way.iter().map(|item| item.bytes).sum();
             state.send_replace(SendState {
                 unapplied_bytes: unapplied,
                 wire_per_page_byte: if self.content_sent == 0 {
@@ -115,14 +137,66 @@ impl<'a> MemorySender<'a> {
             let window =
                 (self.link.stats().holds() * 3 / 2).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
             self.fill = (unapplied as f64 / window as f64).min(1.0) as f32;
-            if unapplied < window {
+            if unapplied < window && self.named_pages() < NAMED_PAGES_MAX {
                 return Ok(());
             }
-            self.link.until(|now| now.memory_items > applied).await?;
+            self.until_more_applied(applied).await?;
         }
     }
 
-    async fn send_pages(&mut self, pages: Vec<StagedPage>) -> Result<(), MigrationError> {
+    /// Lets go of what the target has applied. Returns how many items those are.
+    fn forget_applied(&mut self) -> u64 {
+        let applied = self.link.applied().memory_items;
+        while self.under_way.front().is_some_and(|front| front.item < applied) {
+            self.under_way.pop_front();
+        }
+        applied
+    }
+
+    fn named_pages(&self) -> usize {
+        self.under_way.iter().map(|item| item.named.len()).sum()
+    }
+
+    /// Waits until the target has every page that went as a name.
+    async fn until_proven(&mut self) -> Result<(), MigrationError> {
+        loop {
+            let applied = self.forget_applied();
+            if self.named_pages() == 0 {
+                return Ok(());
+            }
+            self.until_more_applied(applied).await?;
+        }
+    }
+
+    /// Waits until more is applied, or sends what that waits for.
+    async fn until_more_applied(&mut self, applied: u64) -> Result<(), MigrationError> {
+        tokio::select! {
+            more = self.link.until(|now| now.memory_items > applied) => more.map(drop),
+            item = self.link.unproven() => self.send_named(item).await,
+        }
+    }
+
+    /// Sends the pages in full that an item named.
+    async fn send_named(&mut self, item: u64) -> Result<(), MigrationError> {
+        let found = self.under_way.iter().find(|sent| sent.item == item);
+        let Some(sent) = found.filter(|sent| !sent.named.is_empty()) else {
+            let detail = format!("it wants the named pages of item {item}, which has none");
+            return Err(MigrationError::protocol(self.link.peer(), detail));
+        };
+        tracing::debug!(item, pages = sent.named.len(), "blocks did not hold what was thought");
+        self.blocks.was_wrong();
+        let mut pages = Vec::with_capacity(sent.named.len() * PAGE_BYTES);
+        sent.named.iter().for_each(|page| pages.extend_from_slice(page.as_array()));
+        let mut packed = Vec::new();
+        Compressor::new().compress(Level::default(), pages.into()).encode_into(&mut packed);
+        self.send_item(Class::Pages, MemoryKind::Named { of: item }, packed.into()).await
+    }
+
+    async fn send_pages(
+        &mut self,
+        pages: Vec<StagedPage>,
+        names: bool,
+    ) -> Result<(), MigrationError> {
         let peer = self.link.peer();
         let mut coder = self
             .coder
@@ -131,7 +205,7 @@ impl<'a> MemorySender<'a> {
         let nonzero = pages.iter().filter(|(_, content)| content.is_some()).count() as u64;
         let level = self.coding.page_level(self.link.bytes_per_s(), self.fill);
         let coding = tokio::task::spawn_blocking(move || {
-            let coded = coder.code(pages);
+            let coded = coder.code(pages, names);
             let began = Instant::now();
             let mut compressor = Compressor::new();
             let body =
@@ -140,7 +214,7 @@ impl<'a> MemorySender<'a> {
         });
         let (coder, coded, body, busy) = coding.await.expect("coding does not panic");
         self.coder = Some(coder);
-        let Coded { records, payload, saved, content, .. } = coded;
+        let Coded { records, payload, saved, content, named, .. } = coded;
         let bytes = if records.is_empty() { 0 } else { body.len() as u64 };
         self.coding.observe_pages(level, content, bytes, busy);
         let compressed = content.saturating_sub(bytes);
@@ -150,13 +224,13 @@ impl<'a> MemorySender<'a> {
         if records.is_empty() {
             return Ok(());
         }
-        self.send_item(Class::Pages, MemoryKind::Pages, body).await
+        self.send(Class::Pages, MemoryKind::Pages, body, named).await
     }
 
     async fn send_waiting(&mut self, item: Waiting) -> Result<(), MigrationError> {
         match item {
             Waiting::Layout(layout) => {
-                self.coder = Some(PageCoder::new(&layout));
+                self.coder = Some(PageCoder::new(&layout, self.blocks.clone()));
                 self.send_item(Class::DeviceState, MemoryKind::Layout(layout), Bytes::new()).await
             }
             Waiting::Opaque(bytes) => {
@@ -191,9 +265,19 @@ impl<'a> MemorySender<'a> {
         kind: MemoryKind,
         body: Bytes,
     ) -> Result<(), MigrationError> {
+        self.send(class, kind, body, Vec::new()).await
+    }
+
+    async fn send(
+        &mut self,
+        class: Class,
+        kind: MemoryKind,
+        body: Bytes,
+        named: Vec<Page>,
+    ) -> Result<(), MigrationError> {
         let item = self.link.next_memory_item();
         let bytes = body.len() as u64;
-        self.under_way.push_back((item, bytes));
+        self.under_way.push_back(UnderWay { item, bytes, named });
         self.link.send_bulk(class, &BulkHeader::Memory { item, kind }, body).await
     }
 }
