@@ -88,6 +88,7 @@ impl Desk {
             Request::Push(wish) => self.push(wish),
             Request::Watch { vm } => self.jobs.follow(&vm).map(Reaction::Follow),
             Request::Index(wish) => Ok(Reaction::Work(self.index(wish))),
+            Request::Verify { image } => Ok(Reaction::Work(self.verify(image.into()))),
             other => Ok(Reaction::Answer(Box::new(self.answer(other).await))),
         };
         followed.unwrap_or_else(|failure| Reaction::Answer(Box::new(Err(failure))))
@@ -101,6 +102,16 @@ impl Desk {
             // A watcher who is busy with the last event misses this one.
             let tell = |progress| drop(tell.try_send(Event::Indexing(progress)));
             index.work(&wish, tell).map(Box::new).map(Reply::Index)
+        });
+        Work { events, done }
+    }
+
+    /// Reads an image, to its end even if nobody watches any more.
+    fn verify(&self, image: PathBuf) -> Work {
+        let (tell, events) = mpsc::channel(1);
+        let mover = Arc::clone(&self.mover);
+        let done = tokio::spawn(async move {
+            mover.verify(&image, tell).await.map(Box::new).map(Reply::Verified)
         });
         Work { events, done }
     }
@@ -163,7 +174,8 @@ impl Desk {
             | Request::Migrate(_)
             | Request::Push(_)
             | Request::Watch { .. }
-            | Request::Index(_) => {
+            | Request::Index(_)
+            | Request::Verify { .. } => {
                 Err(Failure::refused("this request starts or follows what takes a while", ""))
             }
         }

@@ -5,12 +5,13 @@
 //! How a VM is moved is a [`Mover`]'s business.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use longhaul_transport::Session;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use super::admission::{Occupied, Wish, admit};
 use super::cancel::{CancelReason, CancelToken};
@@ -18,7 +19,9 @@ use super::history::History;
 use super::peers::Peer;
 use super::tally::Tally;
 use crate::calendar::RateCalendar;
-use crate::control::{Failure, FailureKind, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary};
+use crate::control::{
+    Event, Failure, FailureKind, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary, VerifySummary,
+};
 use crate::hypervisor::VmSpec;
 use crate::migration::handover::{Choice, Conflict};
 use crate::migration::job::ImageJob;
@@ -82,6 +85,13 @@ pub trait Mover: Send + Sync {
         progress: watch::Sender<Progress>,
         cancel: CancelToken,
     ) -> Result<Completed, Failure>;
+
+    /// Compares an image of this host with its record. `events` hears how far that is.
+    async fn verify(
+        &self,
+        image: &Path,
+        events: mpsc::Sender<Event>,
+    ) -> Result<VerifySummary, Failure>;
 
     /// Serves a session that `peer` opened, until it ends or `cancel` wishes it.
     async fn serve(&self, session: Session, peer: Peer, cancel: CancelToken);

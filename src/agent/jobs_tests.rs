@@ -1,7 +1,5 @@
 //! Jobs under a mover that does what its VM's name says.
 
-use std::path::Path;
-
 use longhaul_transport::Fingerprint;
 
 use super::*;
@@ -45,6 +43,10 @@ impl Mover for ByName {
         cancel: CancelToken,
     ) -> Result<Completed, Failure> {
         self.migrate(job, progress, cancel).await
+    }
+
+    async fn verify(&self, image: &Path, _: mpsc::Sender<Event>) -> Result<VerifySummary, Failure> {
+        Err(Failure::refused(format!("{} is none", image.display()), ""))
     }
 
     async fn serve(&self, session: Session, _: Peer, _: CancelToken) {

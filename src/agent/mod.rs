@@ -28,6 +28,7 @@ pub mod registry;
 mod server;
 pub mod setup;
 mod tally;
+mod verifying;
 
 use std::io;
 use std::net::SocketAddr;

@@ -3,12 +3,13 @@
 //! Invariant: this file joins a job to a `migration::Site` and says in people's words how it ended;
 //! what is left from an earlier life of the agent is settled before anything new begins for that VM.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use longhaul_transport::{Endpoint, JobRate, Session};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use super::Parts;
 use super::cancel::CancelToken;
@@ -18,7 +19,8 @@ use super::indexing::ImageIndex;
 use super::jobs::{Job, Mover};
 use super::links::Links;
 use super::peers::{Peer, PeerBook};
-use crate::control::{Failure, FailureKind, InDoubt, chain};
+use super::verifying;
+use crate::control::{Event, Failure, FailureKind, InDoubt, VerifySummary, chain};
 use crate::hypervisor::VmSpec;
 use crate::hypervisor::qemu::host::QemuHost;
 use crate::migration::doubts::Doubts;
@@ -277,6 +279,16 @@ impl Mover for MigrationMover {
         cancel: CancelToken,
     ) -> Result<Completed, Failure> {
         self.push_image(&job, &progress, &cancel).await
+    }
+
+    async fn verify(
+        &self,
+        image: &Path,
+        events: mpsc::Sender<Event>,
+    ) -> Result<VerifySummary, Failure> {
+        // A watcher who is busy with the last event misses this one.
+        let tell = |progress| drop(events.try_send(Event::Indexing(progress)));
+        verifying::verify(&*self.site.host, image, tell).await
     }
 
     async fn serve(&self, session: Session, peer: Peer, cancel: CancelToken) {

@@ -198,6 +198,15 @@ Example:
   longhaul index build default /var/lib/longhaul/images/db1.raw
   longhaul index check")]
     Index(IndexArgs),
+    /// Compare an image with the record of what was written to it
+    #[command(after_help = "\
+Images that Longhaul wrote, sent or received have a record beside them, IMAGE.longhaul-recipe, with the
+hash of every piece. `verify` reads the image and names what differs. If nobody wrote to the image since
+its record was completed, that is damage, and the command fails.
+
+Example:
+  longhaul verify /var/lib/longhaul/images/db1.raw")]
+    Verify(VerifyArgs),
     /// Stop the job that moves a VM; the guest runs on here
     #[command(after_help = "\
 What the target has received stays there, so the next try is short.
@@ -219,6 +228,13 @@ Example:
   longhaul resolve db1                # what is known
   longhaul resolve db1 --runs here    # asks for the VM's name to confirm")]
     Resolve(ResolveArgs),
+}
+
+/// Arguments of `verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The image, by its path on this host
+    pub image: PathBuf,
 }
 
 /// Arguments of `index`.

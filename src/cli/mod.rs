@@ -15,6 +15,7 @@ mod report;
 mod resolve;
 mod show;
 mod table;
+mod verify;
 mod vm;
 
 use std::path::PathBuf;
@@ -116,6 +117,7 @@ pub async fn run(global: &Global, command: Command) -> Exit {
         Command::Metrics => show::metrics(global).await,
         Command::Limit(args) => limit::run(global, args).await,
         Command::Index(args) => index::run(global, args).await,
+        Command::Verify(args) => verify::run(global, args).await,
         // These two are the agent itself; `main` starts it.
         Command::Init(_) | Command::Agent(_) => Err(CommandError::Mismatch),
     };

@@ -11,6 +11,7 @@ use super::failure::Failure;
 use super::index::{IndexProgress, IndexRequest, IndexSummary};
 use super::limits::{JobLimits, LimitRequest, Limits};
 use super::metrics::Metric;
+use super::verify::VerifySummary;
 use crate::calendar::RateCalendar;
 use crate::migration::handover::Choice;
 use crate::migration::journal::Role;
@@ -98,6 +99,11 @@ pub enum Request {
     },
     /// Show, build or check the index of images.
     Index(IndexRequest),
+    /// Compare an image with its record, however long that takes.
+    Verify {
+        /// Where it lies.
+        image: String,
+    },
     /// Change caps, or ask which hold.
     Limit(LimitRequest),
     /// Stop the job that moves a VM; the guest runs on here.
@@ -244,6 +250,8 @@ pub enum Reply {
     Completed(Box<Completed>),
     /// The index of images.
     Index(Box<IndexSummary>),
+    /// An image beside its record.
+    Verified(Box<VerifySummary>),
     /// The caps that hold.
     Limits(Box<Limits>),
     /// All numbers.

@@ -19,6 +19,7 @@ mod limits;
 mod line;
 mod message;
 mod metrics;
+mod verify;
 
 pub use crate::migration::chain;
 pub use client::{Call, CallError, call};
@@ -33,6 +34,7 @@ pub use message::{
     VmSource, VmSummary,
 };
 pub use metrics::{METRICS_MEDIA_TYPE, Metric, MetricKind, Sample, metrics_text};
+pub use verify::VerifySummary;
 
 /// Version of this language; raised when an old command or agent would misread the new one.
 pub const VERSION: u16 = 1;

@@ -79,7 +79,31 @@ fn an_image_goes_to_a_peer_and_only_what_changed_goes_again() {
     let report = push(&stage, &image, &["--replace"]).unwrap();
     assert!(wire(&report) < 2 * MIB as u64, "{report:#}");
     assert_arrived(&stage, &image);
+    rot(&stage);
+    let healed = push(&stage, &image, &["--replace"]);
+    assert!(wire(&healed.unwrap()) < 2 * MIB as u64);
+    assert_arrived(&stage, &image);
     stage.finish(Side::A, None);
+}
+
+/// What nobody wrote and is another all the same is found by `verify`.
+fn rot(stage: &Stage) {
+    let path = stage.pair.images(Side::B).join("golden.raw");
+    let verify = || stage.pair.ask(Side::B, &["verify", path.to_str().unwrap()]);
+    let whole = verify().unwrap();
+    assert_eq!((&whole["untouched"], &whole["differing_bytes"]), (&true.into(), &0.into()));
+    assert!(whole["recorded_bytes"].as_u64().unwrap() >= DATA_BYTES as u64);
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let before = file.metadata().unwrap().modified().unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 9 << 20).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 9 << 20).unwrap();
+    file.set_modified(before).unwrap();
+    let damaged = format!("{:#}", verify().unwrap_err());
+    assert!(damaged.contains("differing"), "{damaged}");
+    // Nothing vouches for it any more, so it is read when it is compared next.
+    let unknown = format!("{:#}", verify().unwrap_err());
+    assert!(unknown.contains("nothing is recorded"), "{unknown}");
 }
 
 /// A push that is cancelled goes on where it was, and until then there is no image of that name.

@@ -28,6 +28,12 @@ use super::super::meter::Meter;
 /// Payload of one bundle, at most. Twice as much would gain 1 % more and take twice the memory, for each
 /// coder and for each bundle that waits at the target.
 const BUNDLE_BYTES: u64 = 8 << 20;
+/// What a bundle should come to at most, coded: what is lost of it with a killed agent is sent again.
+const CODED_BYTES: u64 = 5 << 19;
+/// Payload of one bundle, at most, however badly that compresses.
+const BUNDLE_BYTES_MIN: u64 = 2 << 20;
+/// Coded bytes that are handed to the transport at once on the shortest path.
+const SENDING_BYTES_MIN: u64 = 512 << 10;
 /// Bundles that are handed to the transport at once: one stream has less in its window than a long path
 /// holds.
 const SENDS_AT_ONCE: usize = 4;
@@ -36,10 +42,13 @@ const SENDS_AT_ONCE: usize = 4;
 const WORTHWHILE_BYTES: u64 = 1 << 20;
 
 /// What will be sent next, as one.
-#[derive(Default)]
 struct Gathered {
     parts: Vec<BundlePart>,
     bytes: u64,
+    /// Payload of a bundle, at most: what the last one says that is too much when coded.
+    limit: u64,
+    /// Coded bytes that are being handed to the transport.
+    sending: u64,
     /// Bundles that were taken and are not with the transport yet.
     in_hand: usize,
     /// Nothing more comes before some of this was sent.
@@ -48,9 +57,16 @@ struct Gathered {
     is_closed: bool,
 }
 
+impl Default for Gathered {
+    fn default() -> Self {
+        let (parts, bytes, limit, sending, in_hand) = (Vec::new(), 0, BUNDLE_BYTES_MIN, 0, 0);
+        Self { parts, bytes, limit, sending, in_hand, is_last: false, is_closed: false }
+    }
+}
+
 impl Gathered {
     fn has_room(&self, len: u64) -> bool {
-        self.bytes + len <= BUNDLE_BYTES && self.parts.len() < MAX_BUNDLE_PARTS
+        self.bytes + len <= self.limit && self.parts.len() < MAX_BUNDLE_PARTS
     }
 
     fn is_due(&self) -> bool {
@@ -212,8 +228,27 @@ impl<'a> Packer<'a> {
             self.coding.observe(&Turn { level, payload, bytes, busy, starved, blocked });
             self.meter.disk_sent(payload, bytes);
         }
+        let room = (2 * self.link.stats().holds()).max(SENDING_BYTES_MIN);
+        let mut has_room = false;
+        while !has_room {
+            let may =
+                |gathered: &Gathered| gathered.sending == 0 || gathered.sending + bytes <= room;
+            self.until(may).await;
+            self.gathered.send_if_modified(|gathered| {
+                has_room = may(gathered);
+                if has_room {
+                    gathered.sending += bytes;
+                    let limit = CODED_BYTES * payload.max(1) / bytes.max(1);
+                    gathered.limit = limit.clamp(BUNDLE_BYTES_MIN, BUNDLE_BYTES);
+                }
+                has_room
+            });
+        }
         let sent = self.link.send_bulk(self.class, &BulkHeader::Chunks { item }, body).await;
-        self.gathered.send_modify(|gathered| gathered.in_hand -= 1);
+        self.gathered.send_modify(|gathered| {
+            gathered.in_hand -= 1;
+            gathered.sending -= bytes;
+        });
         sent
     }
 

@@ -360,7 +360,7 @@ async fn an_image_beside_it_is_copied_from_by_pieces_and_blocks() {
     for at in (0..new.len()).step_by(MIB) {
         new[at] ^= 1;
     }
-    let known = vec![ImageFile { path, format: crate::hypervisor::spec::ImageFormat::Raw }];
+    let known = vec![ImageFile { path, format: ImageFormat::Raw }];
     let (ends, round) = ends.send(&Guest::new(&new), How::Offer, known, false).await;
     assert!(ends.has() == new);
     assert!(round.sent < 60 * BLOCK_BYTES as u64, "{} bytes", round.sent);

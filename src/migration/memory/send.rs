@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use longhaul_dedup::compress::{Compressor, Level};
-use longhaul_dedup::pagebatch;
+use longhaul_dedup::pagebatch::{self, MAX_PAGES_PER_BATCH};
 use longhaul_dedup::pages::{PAGE_BYTES, Page};
 use longhaul_transport::Class;
 
@@ -25,19 +25,19 @@ use super::blocks::KnownBlocks;
 use super::code::{Coded, PageCoder};
 use super::pump::{Stage, Waiting};
 
-/// Pages in a batch: the more, the better they compress together; the fewer, the sooner the first
-/// is there. 1 MiB of content takes 40 ms on 200 Mbit/s uncompressed.
-const BATCH_PAGES: usize = 2048;
-/// Content in a batch.
+/// Content in a batch: the more, the better pages compress together; the less, the sooner the first
+/// is there. 1 MiB takes 40 ms on 200 Mbit/s uncompressed.
 const BATCH_BYTES: usize = 1 << 20;
+/// The same until the first pass is over: nobody waits for a page yet. Coded it fits into one stream's window.
+const FIRST_PASS_BATCH_BYTES: usize = 4 << 20;
 /// Opaque bytes in an item.
 const OPAQUE_BYTES: usize = 1 << 20;
 /// What may be under way on any path.
 const WINDOW_BYTES_MIN: u64 = 512 << 10;
 /// And at most, whatever the path seems to hold.
 const WINDOW_BYTES_MAX: u64 = 64 << 20;
-/// Pages that went as names, at most, and are kept: a path of 100 ms takes 320 MiB of them a second.
-const NAMED_PAGES_MAX: usize = 8192;
+/// Pages that went as names, at most, and are kept: a path of 100 ms takes 640 MiB of them a second.
+const NAMED_PAGES_MAX: usize = 16384;
 
 /// Sends memory items.
 pub(in super::super) struct MemorySender<'a> {
@@ -291,6 +291,7 @@ enum Work {
 /// What goes next. Opaque bytes overtake pages, with which they have nothing to do; the marks that
 /// end the pages wait for every page before them.
 fn next_work(stage: &Stage) -> Work {
+    let first_pass_done = stage.first_pass_done();
     let mut inner = stage.lock();
     let barrier = match inner.waiting.front() {
         None => false,
@@ -299,7 +300,8 @@ fn next_work(stage: &Stage) -> Work {
         }
         Some(Waiting::PagesDone | Waiting::NotUnderstood(_) | Waiting::End) => true,
     };
-    let pages = inner.staging.take(BATCH_PAGES, BATCH_BYTES);
+    let bytes = if first_pass_done { BATCH_BYTES } else { FIRST_PASS_BATCH_BYTES };
+    let pages = inner.staging.take(MAX_PAGES_PER_BATCH, bytes);
     if !pages.is_empty() {
         Work::Pages(pages)
     } else if barrier {

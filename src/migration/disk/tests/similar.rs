@@ -30,7 +30,7 @@ fn sibling(ends: &Ends, data: &[u8]) -> ImageFile {
     let sample = |(at, id)| GrainSample { offset: at as u64, id };
     let grains: Vec<_> = longhaul_dedup::grains::samples(data).map(sample).collect();
     log.append_grains(&grains).unwrap();
-    ImageFile { path, format: crate::hypervisor::spec::ImageFormat::Raw }
+    ImageFile { path, format: ImageFormat::Raw }
 }
 
 #[tokio::test(flavor = "multi_thread")]
