@@ -228,7 +228,7 @@ impl<'a> Packer<'a> {
             self.coding.observe(&Turn { level, payload, bytes, busy, starved, blocked });
             self.meter.disk_sent(payload, bytes);
         }
-        let room = (2 * self.link.stats().holds()).max(SENDING_BYTES_MIN);
+        let room = (4 * self.link.stats().holds()).max(SENDING_BYTES_MIN);
         let mut has_room = false;
         while !has_room {
             let may =
