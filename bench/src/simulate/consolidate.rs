@@ -205,7 +205,7 @@ fn median<'a>(of: impl Iterator<Item = &'a Outcome> + Clone) -> Outcome {
         let mut figures: Vec<f64> = of.clone().map(figure).collect();
         figures.sort_by(f64::total_cmp);
         let at = figures.len() / 2;
-        let low = at.saturating_sub(usize::from(figures.len() % 2 == 0));
+        let low = at.saturating_sub(usize::from(figures.len().is_multiple_of(2)));
         figures.get(at).map_or(0.0, |high| f64::midpoint(figures[low], *high))
     };
     Outcome {

@@ -5,9 +5,10 @@
 //!
 //! Reading order: [`traces`] (what is played), `machine` (hosts, VMs, how a host shares its CPU),
 //! [`rivals`] (who moves what where), [`day`] (the clock), [`account`] (what it cost), then what the
-//! planner is measured by: [`consolidate`].
+//! planner is measured by: [`consolidate`] and [`balance`].
 
 pub mod account;
+pub mod balance;
 pub mod consolidate;
 pub mod day;
 mod machine;
