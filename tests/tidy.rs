@@ -242,6 +242,13 @@ fn the_lower_crates_know_nothing_above_them() {
             assert!(!code.contains(clock), "{} reads a clock", shown(&path));
         }
     }
+    for path in files(&["src/scheduler"], &["rs"]) {
+        let code = code(&path);
+        let outside = ["tokio", "async fn", "std::net", "std::fs", "std::process", "std::env"];
+        for stranger in outside.iter().chain(&["HashMap", "HashSet", "Instant", "SystemTime"]) {
+            assert!(!code.contains(stranger), "{} names {stranger}", shown(&path));
+        }
+    }
     for path in files(&["transport/src"], &["rs"]) {
         let code = code(&path);
         assert!(!code.contains("longhaul::"), "{} names the product", shown(&path));

@@ -64,6 +64,10 @@ enum Area {
 enum SimulateCommand {
     /// Holds the simulator to CloudSim 3.0.3: the same days under the same two rules.
     Honest(simulate::HonestPlan),
+    /// Cool hosts with few moves: the planner beside other balancers on full hosts.
+    Balance(simulate::balance::BalancePlan),
+    /// Few hosts for the load: the planner beside THR-MMT and LR-MMT on the same days.
+    Consolidate(simulate::consolidate::ConsolidatePlan),
 }
 
 #[derive(Debug, Subcommand)]
@@ -221,6 +225,10 @@ pub(crate) fn run() -> Result<ExitCode> {
         Area::Link(command) => link_command(command)?,
         Area::Chunks(command) => chunks_command(command)?,
         Area::Simulate(SimulateCommand::Honest(plan)) => simulate::honest(&plan)?,
+        Area::Simulate(SimulateCommand::Balance(plan)) => simulate::balance::balance(&plan)?,
+        Area::Simulate(SimulateCommand::Consolidate(plan)) => {
+            simulate::consolidate::consolidate(&plan)?;
+        }
         Area::Compare(comparison) => {
             comparison.print(row::summarise, |summaries| row::table(summaries))?;
         }

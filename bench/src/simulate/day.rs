@@ -60,18 +60,39 @@ struct Running {
     moved_mib: u64,
 }
 
-/// Plays a day under one rule.
+/// Who decides what moves, once each round.
+pub(super) trait Planner {
+    /// What should move now. VMs that no host has have ended.
+    fn plan(&mut self, now_s: f64, hosts: &[HostView], vms: &[VmView]) -> Result<Vec<Move>>;
+}
+
+impl Planner for Overload {
+    fn plan(&mut self, _: f64, hosts: &[HostView], vms: &[VmView]) -> Result<Vec<Move>> {
+        Ok(rivals::plan(*self, hosts, vms))
+    }
+}
+
+/// Plays a day under one rule, which also decides where VMs start.
 ///
 /// # Errors
 ///
 /// When a VM fits on no host at the start.
-pub fn play(day: &Day, overload: Overload) -> Result<Outcome> {
-    let mut running = Running::start(day, overload)?;
+pub fn play(day: &Day, mut overload: Overload) -> Result<Outcome> {
+    play_with(day, overload, &mut overload)
+}
+
+/// Plays a day under any planner; VMs start where `first` puts them.
+///
+/// # Errors
+///
+/// When a VM fits on no host at the start, or when no plan can be made.
+pub(super) fn play_with(day: &Day, first: Overload, planner: &mut dyn Planner) -> Result<Outcome> {
+    let mut running = Running::start(day, first)?;
     let mut round_s = START_S + INTERVAL_S;
     while round_s < END_S {
         running.advance(round_s);
         let is_on_the_grid = (round_s - START_S) % INTERVAL_S == 0.0;
-        running.round(overload, is_on_the_grid);
+        running.round(planner, is_on_the_grid)?;
         round_s += INTERVAL_S;
     }
     Ok(running.outcome())
@@ -163,7 +184,7 @@ impl Running {
     }
 
     /// Plans, and plays the migrations to their ends.
-    fn round(&mut self, overload: Overload, is_on_the_grid: bool) {
+    fn round(&mut self, planner: &mut dyn Planner, is_on_the_grid: bool) -> Result<()> {
         if is_on_the_grid {
             for vm in &mut self.vms {
                 vm.view.history.insert(0, use_at(&vm.trace, self.now_s));
@@ -177,7 +198,7 @@ impl Running {
             used: as_share(host.used_mips, host.kind),
         };
         let hosts: Vec<_> = self.hosts.iter().map(view).collect();
-        let moves = rivals::plan(overload, &hosts, &views);
+        let moves = planner.plan(self.now_s, &hosts, &views)?;
 
         // Migrations end in the order of their length, so of the VMs' memory.
         let mut ends: BTreeMap<u64, Vec<Move>> = BTreeMap::new();
@@ -193,6 +214,7 @@ impl Running {
             }
             self.advance(self.now_s);
         }
+        Ok(())
     }
 
     fn depart(&mut self, Move { vm, to }: Move) {

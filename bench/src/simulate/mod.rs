@@ -4,9 +4,12 @@
 //! misses its bound ends the command with an error.
 //!
 //! Reading order: [`traces`] (what is played), `machine` (hosts, VMs, how a host shares its CPU),
-//! [`rivals`] (who moves what where), [`day`] (the clock), [`account`] (what it cost).
+//! [`rivals`] (who moves what where), [`day`] (the clock), [`account`] (what it cost), then what the
+//! planner is measured by: [`consolidate`] and [`balance`].
 
 pub mod account;
+pub mod balance;
+pub mod consolidate;
 pub mod day;
 mod machine;
 pub mod rivals;

@@ -57,6 +57,70 @@ pub fn planetlab(folder: &Path, day: &str) -> Result<Day> {
     Ok(Day { name: day.to_owned(), vms })
 }
 
+/// A VM of Bitbrains: its size and what it used.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BusinessVm {
+    /// Its size in MHz.
+    pub mhz: f64,
+    /// Its memory in MiB.
+    pub memory_mib: u64,
+    /// MHz that it used, one value each 5 min.
+    pub used: Vec<f64>,
+}
+
+/// Reads what 500 business VMs used in a month from
+/// `bitbrains_rnd_MONTH_cpu_mhz.csv.zst` and `.._vms.csv.zst`. A sample that is missing repeats the one
+/// before it.
+///
+/// # Errors
+///
+/// When a file is missing, or has a line that is not a VM's number and whole numbers.
+pub fn bitbrains(folder: &Path, month: &str) -> Result<Vec<BusinessVm>> {
+    let mut loads: Vec<Vec<f64>> = Vec::new();
+    for fields in table(&folder.join(format!("bitbrains_rnd_{month}_cpu_mhz.csv.zst")))? {
+        let mut load = Vec::with_capacity(fields.len());
+        for field in fields.iter().skip(1) {
+            let before = load.last().copied().unwrap_or(0.0);
+            let value = if field.is_empty() { before } else { f64::from(field.parse::<u32>()?) };
+            load.push(value);
+        }
+        loads.push(load);
+    }
+    let sizes = table(&folder.join(format!("bitbrains_rnd_{month}_vms.csv.zst")))?;
+    ensure!(loads.len() == sizes.len(), "{} loads of {} VMs", loads.len(), sizes.len());
+    let days = loads.iter().map(Vec::len).min().unwrap_or(0) / SAMPLES_PER_DAY;
+    ensure!(days >= 28, "{month} has {days} days");
+    let vm = |(used, fields): (Vec<f64>, Vec<String>)| {
+        let number = |at: usize| -> Result<f64> {
+            let field = fields.get(at).context("a VM without a size")?;
+            field.parse().with_context(|| format!("{field:?} is no size"))
+        };
+        Ok(BusinessVm { mhz: number(2)?, memory_mib: number(3)? as u64, used })
+    };
+    loads.into_iter().zip(sizes).map(vm).collect()
+}
+
+/// The fields of each line, without the header if there is one.
+fn table(path: &Path) -> Result<Vec<Vec<String>>> {
+    let file = std::fs::File::open(path).with_context(|| {
+        format!("while opening {}; the traces are not part of the tree", path.display())
+    })?;
+    let unpacked = zstd::stream::read::Decoder::new(file)
+        .with_context(|| format!("while unpacking {}", path.display()))?
+        .take(TRACE_BYTES_MAX);
+    let mut lines = Vec::new();
+    for line in BufReader::new(unpacked).lines() {
+        let line = line.with_context(|| format!("while unpacking {}", path.display()))?;
+        if lines.is_empty() && line.starts_with("vm") {
+            continue;
+        }
+        ensure!(lines.len() < VMS_MAX, "{}: more than {VMS_MAX} lines", path.display());
+        lines.push(line.split(',').map(|field| field.trim().to_owned()).collect());
+    }
+    ensure!(!lines.is_empty(), "{} is empty", path.display());
+    Ok(lines)
+}
+
 /// `number,percent,percent,..` as shares.
 fn shares(line: &str) -> Result<Vec<f64>> {
     let mut values = Vec::with_capacity(SAMPLES_PER_DAY);
