@@ -28,8 +28,8 @@ pub(super) struct Turn {
     pub(super) busy: Duration,
     /// For how long the coder had waited for something to do, before.
     pub(super) starved: Duration,
-    /// How long it waited for the link, afterwards.
-    pub(super) blocked: Duration,
+    /// Since the bundle before it was coded, by any of them.
+    pub(super) elapsed: Duration,
 }
 
 /// The policy of one attempt.
@@ -46,7 +46,7 @@ struct State {
     /// that is not known yet, and no reason to compress harder.
     busy: f64,
     starving: f64,
-    /// Bytes a second that one of them got through lately.
+    /// Bytes a second that they got through lately.
     pace: f64,
 }
 
@@ -66,7 +66,7 @@ impl Coding {
     pub(super) fn level(&self, link_bytes_per_s: f64) -> Level {
         let mut state = self.lock();
         let supply_bytes_per_s = match state.starving > STARVING_ABOVE {
-            true => state.pace * self.coders as f64,
+            true => state.pace,
             false => f64::INFINITY,
         };
         let conditions = Conditions {
@@ -80,12 +80,13 @@ impl Coding {
 
     /// What a disk bundle came to.
     pub(super) fn observe(&self, turn: &Turn) {
-        let Turn { level, payload, bytes, busy, starved, blocked } = *turn;
+        let Turn { level, payload, bytes, busy, starved, elapsed } = *turn;
         let mut state = self.lock();
-        let all = (busy + starved + blocked).as_secs_f64().max(1e-6);
-        state.busy += NEW_WEIGHT * (busy.as_secs_f64() / all - state.busy);
-        state.starving += NEW_WEIGHT * (starved.as_secs_f64() / all - state.starving);
-        state.pace += NEW_WEIGHT * (payload as f64 / all - state.pace);
+        let elapsed = elapsed.as_secs_f64().max(1e-6);
+        let share = |of: Duration| (of.as_secs_f64() / (elapsed * self.coders as f64)).min(1.0);
+        state.busy += NEW_WEIGHT * (share(busy) - state.busy);
+        state.starving += NEW_WEIGHT * (share(starved) - state.starving);
+        state.pace += NEW_WEIGHT * (payload as f64 / elapsed - state.pace);
         state.policy.observe(level, payload, bytes, busy);
     }
 

@@ -93,8 +93,8 @@ struct Coded {
     payload: u64,
     starved: Duration,
     busy: Duration,
-    /// When it was ready.
-    since: Instant,
+    /// Since the one before it was coded.
+    elapsed: Duration,
 }
 
 /// Gathers, codes and sends.
@@ -107,6 +107,8 @@ pub(super) struct Packer<'a> {
     gathered: watch::Sender<Gathered>,
     /// Those that nobody uses just now: they keep their memory.
     compressors: Mutex<Vec<Compressor>>,
+    /// When a bundle was coded last.
+    last: Mutex<Instant>,
 }
 
 impl<'a> Packer<'a> {
@@ -125,6 +127,7 @@ impl<'a> Packer<'a> {
             class,
             gathered: watch::Sender::default(),
             compressors: Mutex::default(),
+            last: Mutex::new(Instant::now()),
         }
     }
 
@@ -218,14 +221,27 @@ impl<'a> Packer<'a> {
         });
         let (compressor, body, busy) = coding.await.expect("encoding does not panic");
         self.compressors().push(compressor);
-        Coded { item, body, level, payload, starved, busy, since: Instant::now() }
+        let now = Instant::now();
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let elapsed = now - std::mem::replace(&mut *last, now);
+        Coded { item, body, level, payload, starved, busy, elapsed }
     }
 
     async fn send(&self, coded: Coded) -> Result<(), MigrationError> {
-        let Coded { item, body, level, payload, starved, busy, since } = coded;
-        let (bytes, blocked) = (body.len() as u64, since.elapsed());
+        let Coded { item, body, level, payload, starved, busy, elapsed } = coded;
+        let bytes = body.len() as u64;
+        tracing::debug!(
+            item,
+            ?level,
+            payload,
+            bytes,
+            ?starved,
+            ?busy,
+            ?elapsed,
+            "a bundle is coded"
+        );
         if payload > 0 {
-            self.coding.observe(&Turn { level, payload, bytes, busy, starved, blocked });
+            self.coding.observe(&Turn { level, payload, bytes, busy, starved, elapsed });
             self.meter.disk_sent(payload, bytes);
         }
         let room = (4 * self.link.stats().holds()).max(SENDING_BYTES_MIN);
