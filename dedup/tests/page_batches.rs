@@ -277,7 +277,7 @@ fn code(memory: &mut Memory, writes: &[Write]) -> (Vec<PageRecord>, ContentHash)
             }
             Write::Block { place, number } => {
                 let block = BlockAt { disk: 1, block: *number };
-                let content = disk(block).unwrap();
+                let content = page(*number as u8);
                 (place, PageRecord::Block { at: *place, block }, content)
             }
             Write::Change { place, offset, byte } => {

@@ -143,7 +143,8 @@ mod tests {
         known.note(0, &all, &[]);
         assert_eq!(known.find(&of(3)), Some(BlockAt { disk: 0, block: 3 }));
         known.is_over();
-        known.note(0, &scan(&[]), &[(SPOILED_BYTES..SPOILED_BYTES + 4096)]);
+        let zeros = SPOILED_BYTES..SPOILED_BYTES + 4096;
+        known.note(0, &scan(&[]), std::slice::from_ref(&zeros));
         assert_eq!(known.find(&of(3)), Some(BlockAt { disk: 0, block: 3 }));
         assert_eq!(known.find(&of(16)), None);
         assert_eq!(known.find(&of(31)), None);
