@@ -34,15 +34,17 @@ pub(super) async fn verify(
         ));
     }
     let view = host.image(image).await.map_err(|error| failed(chain(&error), NEXT))?;
-    // Before anything is read: what is written meanwhile then shows.
-    let now = std::fs::metadata(image).map(|file| ImageIdentity::of(&file));
-    let now = now.map_err(|error| failed(error.to_string(), NEXT))?;
+    let identity = || match std::fs::metadata(image) {
+        Ok(file) => Ok(ImageIdentity::of(&file)),
+        Err(error) => Err(failed(error.to_string(), NEXT)),
+    };
+    let before = identity()?;
     let recipe = RecipeLog::load(&path).map_err(|error| failed(chain(&error), NEXT))?;
     let mut summary = VerifySummary {
         image: name.clone(),
         bytes: view.info().bytes,
         recorded_bytes: 0,
-        untouched: recipe.complete().is_some_and(|kept| kept.image == now),
+        untouched: recipe.complete().is_some_and(|kept| kept.image == before),
         differing_bytes: 0,
         differing: Vec::new(),
     };
@@ -63,6 +65,8 @@ pub(super) async fn verify(
         }
         tell(IndexProgress { image: name.clone(), read: offset + len, total: summary.bytes });
     }
+    // What was written while it was read is no damage.
+    summary.untouched &= identity()? == before;
     if summary.untouched && summary.differing_bytes > 0 {
         let removed = std::fs::remove_file(&path);
         removed
