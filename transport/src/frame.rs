@@ -375,7 +375,7 @@ mod tests {
 
     #[test]
     fn bytes_are_fixed() {
-        let greeting = b"\x35\0\0\0LHUL\x03\0\x03\x02\0\0\0\0\0\0\x050.1.0sixteen letters.\
+        let greeting = b"\x35\0\0\0LHUL\x04\0\x03\x02\0\0\0\0\0\0\x050.1.0sixteen letters.\
             \x01\x07\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0";
         assert_eq!(hello().encode(), greeting);
         let message = encode_control(&(7u32, "ab")).unwrap();
