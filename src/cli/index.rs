@@ -3,11 +3,10 @@
 //! Invariant: what is shown is what the agent says; leaving the command does not end the agent's work.
 
 use super::args::{Global, IndexArgs, IndexCommand};
-use super::progress::Display;
 use super::table::Table;
-use super::{CommandError, Exit, print, socket};
+use super::{CommandError, Exit, print, work};
 use crate::control::{
-    self, Answer, IndexRequest, IndexSummary, IndexWork, IndexedState, Reply, Request, Response,
+    IndexRequest, IndexSummary, IndexWork, IndexedState, Reply, Request, Response,
 };
 use crate::units::ByteCount;
 
@@ -17,16 +16,7 @@ pub(super) async fn run(global: &Global, args: IndexArgs) -> Result<Exit, Comman
         Some(IndexCommand::Build { subjects }) => IndexRequest::Build { subjects },
         Some(IndexCommand::Check) => IndexRequest::Check,
     };
-    let mut call = control::call(&socket(global)?, &Request::Index(request)).await?;
-    let mut display = Display::new(global.json);
-    let response = loop {
-        match call.next().await? {
-            Answer::Event(event) => display.show(&event),
-            Answer::Response(response) => break response,
-        }
-    };
-    display.finish();
-    let summary = match response {
+    let summary = match work(global, &Request::Index(request)).await? {
         Response::Done(Reply::Index(summary)) => summary,
         Response::Done(_) => return Err(CommandError::Mismatch),
         Response::Failed(failure) => return Err(failure.into()),

@@ -178,6 +178,20 @@ fn socket(global: &Global) -> Result<PathBuf, ConfigError> {
     }
 }
 
+/// Has the agent do work that is no job, and shows how far it is until it answers.
+async fn work(global: &Global, request: &Request) -> Result<Response, CommandError> {
+    let mut call = control::call(&socket(global)?, request).await?;
+    let mut display = progress::Display::new(global.json);
+    let response = loop {
+        match call.next().await? {
+            Answer::Event(event) => display.show(&event),
+            Answer::Response(response) => break response,
+        }
+    };
+    display.finish();
+    Ok(response)
+}
+
 /// Asks for something that is answered at once.
 async fn ask(global: &Global, request: &Request) -> Result<Reply, CommandError> {
     let mut call = control::call(&socket(global)?, request).await?;

@@ -3,24 +3,14 @@
 //! Invariant: damage is a failure; what somebody wrote since is none.
 
 use super::args::{Global, VerifyArgs};
-use super::progress::Display;
-use super::{CommandError, Exit, print, socket};
-use crate::control::{self, Answer, Reply, Request, Response, VerifySummary};
+use super::{CommandError, Exit, print, work};
+use crate::control::{Reply, Request, Response, VerifySummary};
 use crate::units::ByteCount;
 
 pub(super) async fn run(global: &Global, args: VerifyArgs) -> Result<Exit, CommandError> {
     let image = std::path::absolute(&args.image).unwrap_or(args.image);
     let request = Request::Verify { image: image.display().to_string() };
-    let mut call = control::call(&socket(global)?, &request).await?;
-    let mut display = Display::new(global.json);
-    let response = loop {
-        match call.next().await? {
-            Answer::Event(event) => display.show(&event),
-            Answer::Response(response) => break response,
-        }
-    };
-    display.finish();
-    let summary = match response {
+    let summary = match work(global, &request).await? {
         Response::Done(Reply::Verified(summary)) => summary,
         Response::Done(_) => return Err(CommandError::Mismatch),
         Response::Failed(failure) => return Err(failure.into()),

@@ -64,6 +64,11 @@ impl KnownBlocks {
             let pieces = scan.pieces.iter().map(|piece| piece.range());
             for range in pieces.chain(zeros.iter().cloned()) {
                 let stretches = range.start / SPOILED_BYTES..range.end.div_ceil(SPOILED_BYTES);
+                // A guest may give back a disk at once: rather no names than a set without bound.
+                let more = (stretches.end - stretches.start) as usize;
+                if inner.spoiled.len() + more > inner.room {
+                    return inner.give_up();
+                }
                 inner.spoiled.extend(stretches.map(|stretch| (disk, stretch)));
             }
             return;
@@ -98,13 +103,19 @@ impl KnownBlocks {
         let mut inner = self.inner();
         inner.wrong += 1;
         if inner.wrong >= WRONG_MAX {
-            inner.by_hash = HashMap::new();
-            inner.room = 0;
+            inner.give_up();
         }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// No hints any more.
+    fn give_up(&mut self) {
+        (self.by_hash, self.spoiled, self.room) = (HashMap::new(), HashSet::new(), 0);
     }
 }
 
