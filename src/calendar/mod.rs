@@ -6,6 +6,7 @@
 //! hour that is left out in spring does not hold.
 
 mod text;
+mod windows;
 
 use std::collections::BTreeSet;
 
@@ -15,9 +16,10 @@ use jiff::{Timestamp, ToSpan};
 use longhaul_transport::BitRate;
 
 pub use text::{CalendarError, cap_text};
+pub use windows::{Opening, Windows};
 
-/// Minutes of a day.
-const DAY: u16 = 24 * 60;
+/// Seconds of a day.
+const DAY: u32 = 24 * 60 * 60;
 /// Every day of the week.
 const ALL_DAYS: u8 = 0x7f;
 /// Days ahead in which every window has begun and ended at least once.
@@ -36,10 +38,10 @@ pub struct RateCalendar {
 struct Window {
     /// One bit a day, Monday the lowest: the days on which it begins.
     days: u8,
-    /// Minute of the day at which it begins.
-    from: u16,
-    /// Minute of the day at which it has ended; of the day after if that is not after `from`.
-    until: u16,
+    /// Second of the day at which it begins.
+    from: u32,
+    /// Second of the day at which it has ended; of the day after if that is not after `from`.
+    until: u32,
     rate: Option<BitRate>,
 }
 
@@ -54,15 +56,16 @@ pub struct Held {
 
 impl Window {
     fn has(&self, local: DateTime) -> bool {
-        let minute =
-            u16::from(local.hour().unsigned_abs()) * 60 + u16::from(local.minute().unsigned_abs());
+        let [hour, minute, second] = [local.hour(), local.minute(), local.second()]
+            .map(|part| u32::from(part.unsigned_abs()));
+        let now = (hour * 60 + minute) * 60 + second;
         let today = local.date().weekday().to_monday_zero_offset().unsigned_abs();
         let begins = |day: u8| self.days & (1 << day) != 0;
         if self.from < self.until {
-            return begins(today) && (self.from..self.until).contains(&minute);
+            return begins(today) && (self.from..self.until).contains(&now);
         }
         let yesterday = (today + 6) % 7;
-        (begins(today) && minute >= self.from) || (begins(yesterday) && minute < self.until)
+        (begins(today) && now >= self.from) || (begins(yesterday) && now < self.until)
     }
 }
 
@@ -91,13 +94,13 @@ impl RateCalendar {
     /// The moments of the days ahead at which something may change: where windows begin and end, and
     /// where the clocks of the zone are changed.
     fn moments(&self, now: Timestamp, zone: &TimeZone) -> Vec<Timestamp> {
-        let minutes: BTreeSet<u16> =
+        let seconds: BTreeSet<u32> =
             self.windows.iter().flat_map(|window| [window.from, window.until]).collect();
         let midnight = zone.to_datetime(now).date().at(0, 0, 0, 0);
         let mut moments = Vec::new();
         for day in 0..=DAYS_AHEAD {
-            for minute in &minutes {
-                let Ok(local) = midnight.checked_add(day.days().minutes(*minute)) else { continue };
+            for second in &seconds {
+                let Ok(local) = midnight.checked_add(day.days().seconds(*second)) else { continue };
                 // A time that is there twice is two moments; one that is left out makes no difference.
                 let either = zone.to_ambiguous_timestamp(local);
                 moments.extend([either.earlier(), either.later()].into_iter().flatten());

@@ -1,7 +1,8 @@
 //! Calendars as operators write them.
 //!
 //! ```text
-//! calendar = cap | { [days] [HH:MM-HH:MM] "=" cap "," } "else=" cap
+//! calendar = cap | { [days] [time-time] "=" cap "," } "else=" cap
+//! time     = HH:MM[:SS]
 //! days     = day | day "-" day, separated by commas       day = mon .. sun
 //! cap      = bits per second (20M) | "unlimited"
 //! ```
@@ -111,7 +112,7 @@ fn parse_cap(text: &str) -> Result<Option<BitRate>, CalendarError> {
     Ok(Some(rate))
 }
 
-fn parse_window(when: &str, rate: Option<BitRate>) -> Result<Window, CalendarError> {
+pub(super) fn parse_window(when: &str, rate: Option<BitRate>) -> Result<Window, CalendarError> {
     let wrong = || CalendarError::Time(shown(when));
     let mut words = when.split_whitespace().peekable();
     let days = match words.next_if(|word| !word.contains(':')) {
@@ -146,19 +147,22 @@ fn parse_days(text: &str) -> Option<u8> {
     Some(days)
 }
 
-/// Minutes of the day; midnight at the end is that of the same day.
-fn parse_hours(text: &str) -> Option<(u16, u16)> {
-    let minute = |text: &str| {
-        let (hours, minutes) = text.split_once(':')?;
-        let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-        if !is_number(hours) || !is_number(minutes) || hours.len() > 2 || minutes.len() != 2 {
-            return None;
-        }
-        let (hours, minutes) = (hours.parse::<u16>().ok()?, minutes.parse::<u16>().ok()?);
-        (minutes < 60 && hours * 60 + minutes <= DAY).then_some(hours * 60 + minutes)
+/// Seconds of the day; midnight at the end is that of the same day.
+fn parse_hours(text: &str) -> Option<(u32, u32)> {
+    let second = |text: &str| {
+        let mut parts = text.split(':');
+        let mut next = |lengths: std::ops::RangeInclusive<usize>| {
+            let part = parts.next()?;
+            let is_number = part.bytes().all(|byte| byte.is_ascii_digit());
+            (is_number && lengths.contains(&part.len())).then(|| part.parse::<u32>().ok())?
+        };
+        let (hours, minutes) = (next(1..=2)?, next(2..=2)?);
+        let seconds = if text.matches(':').count() == 2 { next(2..=2)? } else { 0 };
+        let at = (hours * 60 + minutes) * 60 + seconds;
+        (parts.next().is_none() && minutes < 60 && seconds < 60 && at <= DAY).then_some(at)
     };
     let (from, until) = text.split_once('-')?;
-    match (minute(from)?, minute(until)?) {
+    match (second(from)?, second(until)?) {
         (DAY, _) => None,
         (from, 0) if from > 0 => Some((from, DAY)),
         hours => Some(hours),
@@ -193,11 +197,17 @@ impl fmt::Display for Window {
             f.write_str(" ")?;
         }
         if days == ALL_DAYS || !whole_day {
-            let [from, until] = [from, until].map(|at| format!("{:02}:{:02}", at / 60, at % 60));
-            write!(f, "{from}-{until}")?;
+            write!(f, "{}-{}", clock(from), clock(until))?;
         }
         write!(f, "={}", cap_text(rate))
     }
+}
+
+/// `08:00`, with seconds where there are some.
+fn clock(at: u32) -> String {
+    let (hours, minutes, seconds) = (at / 3600, at / 60 % 60, at % 60);
+    let seconds = if seconds == 0 { String::new() } else { format!(":{seconds:02}") };
+    format!("{hours:02}:{minutes:02}{seconds}")
 }
 
 /// `mon-fri`, `sat,sun`: three days in a row and more are a range.
