@@ -4,6 +4,7 @@
 //! is wrong is refused with the file, the line and a remedy. Order of precedence: defaults, then the
 //! file, then [`Overrides`] from the command line.
 
+mod scheduler;
 mod typed;
 
 use std::collections::BTreeMap;
@@ -19,6 +20,7 @@ use crate::calendar::RateCalendar;
 use crate::hypervisor::qemu::image::ImageTools;
 use crate::hypervisor::spec::host::HostPolicy;
 use crate::units::ByteCount;
+pub use scheduler::{SchedulerConfig, VmRules};
 use typed::{NetworkTyped, Typed};
 
 /// Where the configuration lies unless the operator says otherwise.
@@ -77,7 +79,7 @@ pub enum ConfigError {
 }
 
 /// Everything that an agent needs to know.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// This host's name, as its peers will show it.
     pub name: String,
@@ -97,6 +99,8 @@ pub struct Config {
     pub hooks: HookConfig,
     /// TCP address at which numbers are served over HTTP, to anybody who reaches it; nowhere without it.
     pub metrics_listen: Option<SocketAddr>,
+    /// Who plans, for whom, and by which rules.
+    pub scheduler: SchedulerConfig,
 }
 
 /// Bounds on what the agent takes from the host and the link.
@@ -194,6 +198,7 @@ impl Config {
         };
         let run_dir = dir(&overrides.run_dir, &typed.agent.run_dir, DEFAULT_RUN_DIR)?;
         Ok(Self {
+            scheduler: typed.scheduler.meaning(&source, &name)?,
             name,
             listen,
             state_dir: dir(&overrides.state_dir, &typed.agent.state_dir, DEFAULT_STATE_DIR)?,

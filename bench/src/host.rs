@@ -4,13 +4,16 @@
 //! file, and the agents end with the value that started them.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+pub use crate::agent::longhaul_binary;
+use crate::agent::{
+    self, Agent, POINTS, POLL_PERIOD, Place, ask, config, find, images, spawn, status, wait_answer,
+};
 use crate::guest::Guest;
 use crate::netns::Side;
 use crate::rival;
@@ -22,53 +25,16 @@ pub const BINARY_VARIABLE: &str = "LONGHAUL_BIN";
 pub const VM: &str = "guest";
 /// The pool that the source's disk lies in and the target's arrives in.
 pub(crate) const POOL: &str = "default";
-/// The environment's name for the folder of points at which an agent of a test build stops, and that
-/// folder within the agent's.
-const POINTS_VARIABLE: &str = "LONGHAUL_POINTS";
-const POINTS: &str = "points";
-/// How `longhaul status` ends if a hand-over is not settled.
-const EXIT_IN_DOUBT: i32 = 3;
 /// The agents' UDP port.
-const PORT: u16 = 4873;
-/// How long an agent may take to answer after its start, and to end.
-const AGENT_WAIT: Duration = Duration::from_secs(30);
+pub(crate) const PORT: u16 = 4873;
 /// How long a test may wait for an agent's end: what ends it may come late in a migration.
 const END_WAIT: Duration = Duration::from_secs(240);
-const POLL_PERIOD: Duration = Duration::from_millis(50);
 
 /// Two paired agents.
 #[derive(Debug)]
 pub struct AgentPair {
     program: PathBuf,
     agents: [Agent; 2],
-}
-
-#[derive(Debug)]
-struct Agent {
-    side: Side,
-    folder: PathBuf,
-    child: Child,
-}
-
-/// The product's binary: `LONGHAUL_BIN`, else beside this program, else a folder above it (where
-/// cargo puts tests).
-///
-/// # Errors
-///
-/// When it is at none of these places.
-pub fn longhaul_binary() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os(BINARY_VARIABLE) {
-        return Ok(path.into());
-    }
-    let own = std::env::current_exe().context("while looking for the longhaul binary")?;
-    own.ancestors()
-        .skip(1)
-        .take(2)
-        .map(|folder| folder.join("longhaul"))
-        .find(|path| path.is_file())
-        .with_context(|| {
-            format!("no longhaul beside {}: build it or set {BINARY_VARIABLE}", own.display())
-        })
 }
 
 impl AgentPair {
@@ -87,7 +53,8 @@ impl AgentPair {
         let program = longhaul_binary()?;
         let start = |side: Side| {
             let (folder, qemu) = (&folders[side as usize], qemus[side as usize]);
-            start_agent(wan, &program, side, folder, qemu, accel)
+            let place = Place { side, port: PORT, name: side.letter().to_owned() };
+            agent::start(wan, &program, place, folder, (qemu, accel), |_| {})
         };
         let agents = [start(Side::A)?, start(Side::B)?];
         let pair = Self { program, agents };
@@ -98,7 +65,7 @@ impl AgentPair {
                 find(&identity, "fingerprint").and_then(Value::as_str).with_context(|| {
                     format!("the agent {} shows no fingerprint: {identity}", peer.letter())
                 })?;
-            let address = format!("{}:{PORT}", peer.address());
+            let address = pair.agents[peer as usize].place.address();
             pair.ask(side, &["pair", peer.letter(), &address, fingerprint])?;
         }
         Ok(pair)
@@ -288,75 +255,6 @@ impl AgentPair {
     }
 }
 
-impl Agent {
-    /// Whether it ends in time when it is asked to.
-    fn terminate(&mut self) -> Result<bool> {
-        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
-            kill_process(pid, Signal::TERM).context("while ending an agent")?;
-        }
-        let deadline = Instant::now() + AGENT_WAIT;
-        while Instant::now() < deadline {
-            if self.child.try_wait()?.is_some() {
-                return Ok(true);
-            }
-            std::thread::sleep(POLL_PERIOD);
-        }
-        Ok(false)
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(Some(_))) {
-            return;
-        }
-        // Guests do not end with their agent: these do, they are the harness's own.
-        if let Ok(program) = longhaul_binary() {
-            let _ = ask(&program, &self.folder, &["vm", "stop", VM, "--force"]);
-        }
-        if matches!(self.terminate(), Ok(true)) {
-            return;
-        }
-        eprintln!("lab: the agent {} did not end by itself", self.side.letter());
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn start_agent(
-    wan: &Wan,
-    program: &Path,
-    side: Side,
-    folder: &Path,
-    qemu: &Path,
-    accel: &str,
-) -> Result<Agent> {
-    let output = Command::new(program)
-        .args(["init", "--name", side.letter()])
-        .args(["--listen", &format!("{}:{PORT}", side.address()), "--dir"])
-        .arg(folder)
-        .output()
-        .with_context(|| format!("while running {}", program.display()))?;
-    ensure!(
-        output.status.success(),
-        "longhaul init failed: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    configure(&config(folder), folder, qemu, accel)?;
-    let child = spawn(wan, program, side, folder)?;
-    let mut agent = Agent { side, folder: folder.to_owned(), child };
-    wait_answer(program, folder, &mut agent.child)?;
-    Ok(agent)
-}
-
-fn config(folder: &Path) -> PathBuf {
-    folder.join("agent.toml")
-}
-
-fn images(folder: &Path) -> PathBuf {
-    folder.join("images")
-}
-
 /// The guest as the product wants it described.
 ///
 /// # Errors
@@ -386,113 +284,4 @@ pub fn description(guest: &Guest, disk: &Path) -> Result<Value> {
         }],
         "devices": [{"id": "serial0", "model": "serial"}],
     }))
-}
-
-/// Names the lab's QEMU and a pool in the configuration that `init` wrote.
-fn configure(file: &Path, folder: &Path, qemu: &Path, accel: &str) -> Result<()> {
-    let text = std::fs::read_to_string(file)
-        .with_context(|| format!("while reading {}", file.display()))?;
-    let mut config: toml::Table =
-        toml::from_str(&text).with_context(|| format!("in {}", file.display()))?;
-    let text = |path: PathBuf| toml::Value::String(path.display().to_string());
-    let images = images(folder);
-    std::fs::create_dir_all(&images)?;
-    let mut section = toml::Table::new();
-    for (key, name) in [("system", "qemu-system-x86_64"), ("img", "qemu-img"), ("nbd", "qemu-nbd")]
-    {
-        section.insert(key.to_owned(), text(qemu.join("bin").join(name)));
-    }
-    section.insert("accel".to_owned(), toml::Value::String(accel.to_owned()));
-    config.insert("qemu".to_owned(), toml::Value::Table(section));
-    let pools = toml::Table::from_iter([(POOL.to_owned(), text(images))]);
-    config.insert("pools".to_owned(), toml::Value::Table(pools));
-    std::fs::write(file, toml::to_string(&config)?)
-        .with_context(|| format!("while writing {}", file.display()))
-}
-
-fn spawn(wan: &Wan, program: &Path, side: Side, folder: &Path) -> Result<Child> {
-    let log = std::fs::File::options()
-        .create(true)
-        .append(true)
-        .open(folder.join("agent.log"))
-        .context("while creating the agent's log")?;
-    wan.command(side, program)
-        .arg("--config")
-        .arg(config(folder))
-        .arg("agent")
-        .env(POINTS_VARIABLE, folder.join(POINTS))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .with_context(|| format!("while starting {}", program.display()))
-}
-
-fn wait_answer(program: &Path, folder: &Path, child: &mut Child) -> Result<()> {
-    let deadline = Instant::now() + AGENT_WAIT;
-    loop {
-        match status(program, folder) {
-            Ok(_) => return Ok(()),
-            Err(error) => {
-                let is_gone = matches!(child.try_wait(), Ok(Some(_)));
-                if is_gone || Instant::now() > deadline {
-                    let log = std::fs::read_to_string(folder.join("agent.log")).unwrap_or_default();
-                    return Err(
-                        error.context(format!("the agent does not answer; its log:\n{log}"))
-                    );
-                }
-            }
-        }
-        std::thread::sleep(POLL_PERIOD);
-    }
-}
-
-fn ask(program: &Path, folder: &Path, arguments: &[&str]) -> Result<Value> {
-    let output = run(program, folder, arguments)?;
-    parse(&output, arguments, output.status.success())
-}
-
-fn status(program: &Path, folder: &Path) -> Result<Value> {
-    let output = run(program, folder, &["status"])?;
-    // That something is in doubt is an answer, too.
-    let is_answer = output.status.success() || output.status.code() == Some(EXIT_IN_DOUBT);
-    parse(&output, &["status"], is_answer)
-}
-
-fn run(program: &Path, folder: &Path, arguments: &[&str]) -> Result<Output> {
-    Command::new(program)
-        .arg("--config")
-        .arg(config(folder))
-        .arg("--json")
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("while running {}", program.display()))
-}
-
-fn parse(output: &Output, arguments: &[&str], is_answer: bool) -> Result<Value> {
-    let text = String::from_utf8_lossy(&output.stdout);
-    if !is_answer {
-        bail!(
-            "longhaul {} failed ({}): {}{}",
-            arguments.join(" "),
-            output.status,
-            text.trim(),
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-    }
-    let last = text.lines().last().unwrap_or("null");
-    serde_json::from_str(last)
-        .with_context(|| format!("longhaul {} said {last:?}", arguments.join(" ")))
-}
-
-/// The first value of that key, wherever it is: how answers are wrapped is the product's affair.
-fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
-    match value {
-        Value::Object(map) => {
-            map.get(key).or_else(|| map.values().find_map(|value| find(value, key)))
-        }
-        Value::Array(values) => values.iter().find_map(|value| find(value, key)),
-        _ => None,
-    }
 }

@@ -8,7 +8,9 @@
 //! is written down), [`push`] (images without a guest). Apart from all that: [`chunks`] (ways to cut disk
 //! images, compared without a WAN) and [`simulate`] (recorded days under schedulers' rules).
 
+mod agent;
 pub mod chunks;
+pub mod fleet;
 pub mod guest;
 pub mod host;
 pub mod interrupt;

@@ -20,8 +20,11 @@ use super::indexing::ImageIndex;
 use super::jobs::{Follow, Jobs, MoveOptions, Mover};
 use super::links::Links;
 use super::metrics::{self, Facts};
+use super::monitor::Monitor;
 use super::peers::{Peer, PeerBook, PeersError, full_address};
 use super::registry::Registry;
+use super::scheduling::Scheduler;
+use super::waiting::Waiting;
 use crate::config::{Config, Problem, valid_downtime_limit};
 use crate::control::{
     Checked, Event, Failure, FailureKind, IndexRequest, JobKind, JobOutcome, JobSummary, Metric,
@@ -31,7 +34,7 @@ use crate::migration::handover::Conflict;
 use crate::migration::job::ImageJob;
 
 /// Ended jobs in a status.
-const RECENT_MAX: usize = 10;
+pub(super) const RECENT_MAX: usize = 10;
 /// For so long what was gathered for one who scrapes is good enough for the next, so that no number
 /// of them asks the VMs' monitors more often.
 const METRICS_AGE_MAX: Duration = Duration::from_secs(1);
@@ -57,6 +60,11 @@ pub(crate) struct Desk {
     pub(crate) caps: Arc<Caps>,
     pub(crate) links: Arc<Links>,
     pub(crate) index: Arc<ImageIndex>,
+    pub(crate) monitor: Arc<Monitor>,
+    /// Moves that wait for a window.
+    pub(crate) waiting: Arc<Waiting>,
+    /// Plans for other hosts, if this agent is told to.
+    pub(crate) scheduler: Option<Arc<Scheduler>>,
     /// When this agent started.
     pub(crate) started: Timestamp,
     pub(crate) last_metrics: tokio::sync::Mutex<Option<(Instant, Arc<Vec<Metric>>)>>,
@@ -84,7 +92,7 @@ impl Desk {
     pub(crate) async fn react(&self, request: Request) -> Reaction {
         let followed = match request {
             Request::Seed(wish) => self.start(JobKind::Seed, wish).await,
-            Request::Migrate(wish) => self.start(JobKind::Migrate, wish).await,
+            Request::Migrate(wish) => self.migrate(wish).await,
             Request::Push(wish) => self.push(wish),
             Request::Watch { vm } => self.jobs.follow(&vm).map(Reaction::Follow),
             Request::Index(wish) => Ok(Reaction::Work(self.index(wish))),
@@ -169,6 +177,16 @@ impl Desk {
                 tracing::warn!(vm, ?runs, "the operator decides a hand-over in doubt");
                 self.mover.resolve(&vm, runs).await.map(Reply::Said)
             }
+            Request::Load { over_s } => {
+                Ok(Reply::Load(Box::new(self.load(Duration::from_secs(over_s)))))
+            }
+            Request::Plan => self.scheduler()?.view(self).await.map(Box::new).map(Reply::Plan),
+            Request::Drain(wish) => {
+                self.scheduler()?.drain(self, &wish).await.map(Box::new).map(Reply::Plan)
+            }
+            Request::Evacuate(wish) => {
+                self.scheduler()?.evacuate(self, &wish).await.map(Box::new).map(Reply::Plan)
+            }
             // Answered by `react`.
             Request::Seed(_)
             | Request::Migrate(_)
@@ -179,6 +197,14 @@ impl Desk {
                 Err(Failure::refused("this request starts or follows what takes a while", ""))
             }
         }
+    }
+
+    fn scheduler(&self) -> Result<&Arc<Scheduler>, Failure> {
+        self.scheduler.as_ref().ok_or_else(|| {
+            let name = &self.config.name;
+            let next = "ask the agent that does, or name scheduler.hosts in its configuration";
+            Failure::refused(format!("{name} plans for nobody"), next)
+        })
     }
 
     /// What moves, or may run elsewhere, is not touched by hand.
@@ -199,8 +225,12 @@ impl Desk {
         self.mover.in_doubt().await.iter().any(|doubt| doubt.vm == vm && doubt.blocks)
     }
 
-    async fn start(&self, kind: JobKind, wish: MoveRequest) -> Result<Reaction, Failure> {
-        let MoveRequest { vm, to, downtime_limit_ms, deadline_s, rate, detach } = wish;
+    pub(super) async fn start(
+        &self,
+        kind: JobKind,
+        wish: MoveRequest,
+    ) -> Result<Reaction, Failure> {
+        let MoveRequest { vm, to, downtime_limit_ms, deadline_s, rate, detach, .. } = wish;
         let peer = self.peers.get(&to).map_err(problem_failure)?;
         let default_ms = u64::try_from(self.config.limits.downtime.as_millis());
         let downtime_limit_ms = match downtime_limit_ms {
@@ -211,6 +241,29 @@ impl Desk {
         let in_doubt = self.is_in_doubt(&vm).await;
         let vm_known = self.registry.knows(&vm);
         self.start_job(&Wish { kind, vm, vm_known, in_doubt }, peer, options, detach)
+    }
+
+    /// Starts a migration, or has it wait for its windows.
+    async fn migrate(&self, mut wish: MoveRequest) -> Result<Reaction, Failure> {
+        let Some(windows) = wish.windows.take() else {
+            return self.start(JobKind::Migrate, wish).await;
+        };
+        self.peers.get(&wish.to).map_err(problem_failure)?;
+        if !self.registry.knows(&wish.vm) {
+            let what = format!("no VM of this host is called `{}`", wish.vm);
+            return Err(Failure::refused(what, "`longhaul vm list` shows them"));
+        }
+        let added = self.waiting.add(wish, windows).await?;
+        Ok(Reaction::Answer(Box::new(Ok(added))))
+    }
+
+    /// Starts a migration that nobody watches.
+    pub(super) async fn migrate_detached(&self, wish: MoveRequest) -> Result<Reply, Failure> {
+        match self.start(JobKind::Migrate, wish).await? {
+            Reaction::Answer(answer) => *answer,
+            Reaction::Follow(follow) => Ok(Reply::Started(follow.summary())),
+            Reaction::Work(_) => Err(Failure::refused("a migration is a job", "")),
+        }
     }
 
     fn start_job(
@@ -247,7 +300,15 @@ impl Desk {
     }
 
     async fn cancel(&self, vm: &str) -> Result<Reply, Failure> {
-        let mut follow = self.jobs.cancel(vm)?;
+        let waited = self.waiting.remove(vm).await;
+        let mut follow = match self.jobs.cancel(vm) {
+            Err(_) if waited => {
+                return Ok(Reply::Said(format!(
+                    "{vm} waits for no window any more; it stays here"
+                )));
+            }
+            job => job?,
+        };
         let noun = follow.summary().kind.noun();
         let Ok(outcome) = tokio::time::timeout(CANCEL_WAIT, follow.outcome()).await else {
             let what = format!("the {noun} of {vm} has not ended yet");
@@ -349,6 +410,7 @@ impl Desk {
             jobs: self.jobs.summaries().into_iter().map(|job| self.with_limits(job)).collect(),
             in_doubt: self.mover.in_doubt().await,
             recent: self.jobs.recent(RECENT_MAX),
+            waiting: self.waiting.views().await,
         }
     }
 

@@ -108,6 +108,9 @@ pub trait Mover: Send + Sync {
     /// Decides one as the operator says, where neither side knows better; what came of it.
     async fn resolve(&self, vm: &str, runs: Choice) -> Result<String, Failure>;
 
+    /// Peers at which disks of VMs lie seeded, by VM.
+    fn seeded(&self) -> BTreeMap<String, String>;
+
     /// Forgets that a VM's disks lie at a peer and stops tracking what is written to them; false if
     /// there is no such seed. What lies at the peer stays there.
     async fn forget_seed(&self, vm: &str) -> Result<bool, Failure>;

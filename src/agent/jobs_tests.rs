@@ -65,6 +65,10 @@ impl Mover for ByName {
         Vec::new()
     }
 
+    fn seeded(&self) -> BTreeMap<String, String> {
+        BTreeMap::new()
+    }
+
     fn conflicts(&self, _: Conflict) -> u64 {
         0
     }

@@ -13,6 +13,7 @@ mod answer;
 pub mod book;
 pub mod cancel;
 pub mod caps;
+mod dial;
 mod durable;
 mod history;
 pub mod hooks;
@@ -20,15 +21,20 @@ mod incoming;
 pub mod indexing;
 pub mod jobs;
 pub mod links;
+mod load;
 mod lock;
 mod metrics;
+mod monitor;
 pub mod mover;
 pub mod peers;
+mod questions;
 pub mod registry;
+mod scheduling;
 mod server;
 pub mod setup;
 mod tally;
 mod verifying;
+mod waiting;
 
 use std::io;
 use std::net::SocketAddr;
@@ -46,6 +52,7 @@ use answer::Desk;
 use book::{Book, BookError};
 use cancel::{CancelReason, CancelToken};
 use caps::Caps;
+use dial::Phone;
 use history::History;
 use hooks::Hooks;
 use indexing::ImageIndex;
@@ -53,9 +60,13 @@ use jobs::{Jobs, Mover};
 use links::Links;
 use lock::{InstanceLock, LockError};
 use metrics::http::MetricsSocket;
+use monitor::Monitor;
 use peers::{PeerBook, PeersError};
+use questions::Questions;
 use registry::Registry;
+use scheduling::Scheduler;
 use server::ControlSocket;
+use waiting::Waiting;
 
 /// Time that jobs and sessions have to end safely when the agent stops. A service manager must give
 /// more (systemd's default is 90 s).
@@ -115,10 +126,8 @@ pub enum AgentError {
 pub struct Parts {
     /// The configuration.
     pub config: Arc<Config>,
-    /// Connections to peers.
-    pub endpoint: Endpoint,
-    /// Who they are.
-    pub peers: Arc<PeerBook>,
+    /// Sessions to peers.
+    pub phone: Phone,
     /// The VMs of this host.
     pub registry: Arc<Registry>,
     /// The operator's programs.
@@ -129,6 +138,8 @@ pub struct Parts {
     pub links: Arc<Links>,
     /// What the images here hold.
     pub index: Arc<ImageIndex>,
+    /// Answers what peers ask beside attempts.
+    pub questions: Arc<Questions>,
 }
 
 /// Runs an agent until SIGTERM or SIGINT. `mover` is made once, when all its parts are there.
@@ -168,15 +179,18 @@ pub async fn run(
     let listen = endpoint.local_addr();
     let links = Arc::new(Links::default());
     let index = ImageIndex::open(&state_dir.join("index"), config.host.pools.clone());
+    let phone =
+        Phone { endpoint: endpoint.clone(), peers: Arc::clone(&peers), links: Arc::clone(&links) };
+    let questions = Arc::new(Questions::default());
     let mover = mover(Parts {
         config: Arc::clone(&config),
-        endpoint: endpoint.clone(),
-        peers: Arc::clone(&peers),
+        phone: phone.clone(),
         registry: Arc::clone(&registry),
         hooks: Hooks::new(config.hooks.clone()),
         caps: Arc::clone(&caps),
         links: Arc::clone(&links),
         index: Arc::clone(&index),
+        questions: Arc::clone(&questions),
     })
     .map_err(io_error("reading the journals in", state_dir))?;
     let jobs = Arc::new(Jobs::new(Arc::clone(&mover), history));
@@ -187,21 +201,37 @@ pub async fn run(
 
     let socket_path = config.control_socket();
     let socket = ControlSocket::bind(&socket_path).map_err(io_error("binding", &socket_path))?;
+    let scheduler = Scheduler::open(&config, phone, Arc::clone(&caps))
+        .map_err(io_error("reading", &config.state_dir.join(scheduling::FILE)))?;
+    let waiting_file = config.state_dir.join(waiting::FILE);
+    let waiting = Waiting::open(waiting_file.clone(), config.limits.time_zone.clone());
+    let waiting = Arc::new(waiting.map_err(io_error("reading", &waiting_file))?);
+    let monitor = Arc::new(Monitor::new(sample_period(&config), config.scheduler.cores));
     let desk = Arc::new(Desk {
         config: Arc::clone(&config),
         own,
         listen,
         endpoint: endpoint.clone(),
         peers: Arc::clone(&peers),
-        registry,
+        registry: Arc::clone(&registry),
         jobs: Arc::clone(&jobs),
         mover: Arc::clone(&mover),
         caps: Arc::clone(&caps),
         links,
         index,
+        monitor: Arc::clone(&monitor),
+        scheduler: scheduler.clone(),
+        waiting: Arc::clone(&waiting),
         started,
         last_metrics: tokio::sync::Mutex::default(),
     });
+    questions.open(&desk);
+    let planning = async {
+        match &scheduler {
+            Some(scheduler) => scheduler.run(&desk).await,
+            None => std::future::pending().await,
+        }
+    };
     let stopping = CancelToken::new();
     let serving =
         tokio::spawn(incoming::serve(endpoint.clone(), peers, mover, stopping.clone(), STOP_WAIT));
@@ -212,7 +242,10 @@ pub async fn run(
 
     let signal = tokio::select! {
         () = socket.serve(Arc::clone(&desk)) => "none",
-        () = metrics::http::serve(metrics.as_ref(), desk) => "none",
+        () = metrics::http::serve(metrics.as_ref(), Arc::clone(&desk)) => "none",
+        () = monitor.watch(&registry, &jobs) => "none",
+        () = planning => "none",
+        () = waiting.run(&desk) => "none",
         () = caps.follow_the_clock() => "none",
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
@@ -227,6 +260,13 @@ pub async fn run(
     endpoint.close().await;
     tracing::info!("agent stopped");
     Ok(())
+}
+
+/// How often this host and its VMs are looked at: some samples for each plan, and never in a hurry.
+fn sample_period(config: &Config) -> Duration {
+    const SAMPLE_PERIOD: Duration = Duration::from_secs(15);
+    const SAMPLES_PER_PLAN: u32 = 4;
+    SAMPLE_PERIOD.min(config.scheduler.interval / SAMPLES_PER_PLAN)
 }
 
 /// The policy, with what a probe says of KVM: a device node alone proves nothing.

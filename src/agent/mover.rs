@@ -3,29 +3,31 @@
 //! Invariant: this file joins a job to a `migration::Site` and says in people's words how it ended;
 //! what is left from an earlier life of the agent is settled before anything new begins for that VM.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use longhaul_transport::{Endpoint, JobRate, Session};
+use longhaul_transport::Session;
 use tokio::sync::{mpsc, watch};
 
 use super::Parts;
 use super::cancel::CancelToken;
 use super::caps::Caps;
+use super::dial::{Dialer, Phone};
 use super::hooks::{self, Hooks, Moment, Occasion};
 use super::indexing::ImageIndex;
 use super::jobs::{Job, Mover};
 use super::links::Links;
-use super::peers::{Peer, PeerBook};
+use super::peers::Peer;
 use super::verifying;
 use crate::control::{Event, Failure, FailureKind, InDoubt, VerifySummary, chain};
 use crate::hypervisor::VmSpec;
 use crate::hypervisor::qemu::host::QemuHost;
 use crate::migration::doubts::Doubts;
 use crate::migration::handover::{Choice, Conflict};
-use crate::migration::job::{self, Dial, MoveOptions, Side, Site};
+use crate::migration::job::{self, Dial as _, MoveOptions, Side, Site};
 use crate::migration::journal::{Began, History, JournalDir, Role};
 use crate::migration::message::{JobId, Purpose};
 use crate::migration::seeds::SeedBook;
@@ -46,8 +48,7 @@ const STAGING_SHARE: u64 = 4;
 pub struct MigrationMover {
     site: Site,
     attempts: Attempts,
-    endpoint: Endpoint,
-    peers: Arc<PeerBook>,
+    phone: Phone,
     caps: Arc<Caps>,
     links: Arc<Links>,
     index: Arc<ImageIndex>,
@@ -75,12 +76,12 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
         link_patience: parts.config.limits.link_patience,
         doubts: Doubts::default(),
         turn: Arc::default(),
+        answers: parts.questions,
     };
     let mover = MigrationMover {
         site,
         attempts: Attempts::default(),
-        endpoint: parts.endpoint,
-        peers: parts.peers,
+        phone: parts.phone,
         caps: parts.caps,
         links: parts.links,
         index: parts.index,
@@ -94,13 +95,7 @@ pub fn new(parts: Parts) -> std::io::Result<Arc<dyn Mover>> {
 
 impl MigrationMover {
     fn dialer(&self, peer: &str) -> Dialer {
-        Dialer {
-            endpoint: self.endpoint.clone(),
-            peers: Arc::clone(&self.peers),
-            peer: peer.to_owned(),
-            rate: self.caps.agent_alone(),
-            links: Arc::clone(&self.links),
-        }
+        self.phone.dialer(peer, self.caps.agent_alone())
     }
 
     /// Settles an attempt that nobody works on, in the background: it may have to wait for a peer.
@@ -139,7 +134,7 @@ impl MigrationMover {
         cancel: &CancelToken,
     ) -> Result<Completed, Failure> {
         let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
-        let dial = Dialer { rate: caps.rate(), ..self.dialer(&job.peer.name) };
+        let dial = self.phone.dialer(&job.peer.name, caps.rate());
         let limit_ms = job.options.downtime_limit_ms as f64;
         let deadline = job.options.deadline_s.map_or(DEADLINE_DEFAULT, Duration::from_secs);
         let order = job::Job {
@@ -217,7 +212,7 @@ impl MigrationMover {
             return Err(Failure::refused("a push names an image", ""));
         };
         let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
-        let dial = Dialer { rate: caps.rate(), ..self.dialer(&job.peer.name) };
+        let dial = self.phone.dialer(&job.peer.name, caps.rate());
         let mut cuts = 0;
         loop {
             let attempt = async {
@@ -345,6 +340,10 @@ impl Mover for MigrationMover {
             .collect()
     }
 
+    fn seeded(&self) -> BTreeMap<String, String> {
+        self.site.seeds.all().into_iter().map(|(vm, seed)| (vm, seed.peer)).collect()
+    }
+
     fn conflicts(&self, conflict: Conflict) -> u64 {
         self.site.doubts.conflicts(conflict)
     }
@@ -433,36 +432,6 @@ fn failure(vm: &str, error: &MigrationError) -> Failure {
         | MigrationError::Io { .. } => {
             Failure::failed(what, runs_on, "the agents' logs on both hosts say more")
         }
-    }
-}
-
-/// Reaches one peer, wherever the book says that it is now.
-struct Dialer {
-    endpoint: Endpoint,
-    peers: Arc<PeerBook>,
-    peer: String,
-    /// What its sessions send under.
-    rate: JobRate,
-    links: Arc<Links>,
-}
-
-#[async_trait]
-impl Dial for Dialer {
-    async fn dial(&self) -> Result<Session, String> {
-        let peer = self.peers.get(&self.peer).map_err(|problem| problem.what)?;
-        let mut last = format!("{} has no address", peer.address);
-        let found = tokio::net::lookup_host(&peer.address).await;
-        for address in found.map_err(|error| format!("{}: {error}", peer.address))? {
-            match self.endpoint.connect(address, peer.fingerprint).await {
-                Ok(session) => {
-                    session.set_rate(self.rate.clone());
-                    self.links.count(&self.peer, &session);
-                    return Ok(session);
-                }
-                Err(error) => last = chain(&error),
-            }
-        }
-        Err(last)
     }
 }
 

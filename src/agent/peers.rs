@@ -117,12 +117,14 @@ impl PeerBook {
         self.change(|peers| peers.remove(name).ok_or_else(|| unknown(name)))
     }
 
-    /// The peer of this name.
+    /// The peer of this name, or of this fingerprint: hosts have other names for each other.
     ///
     /// # Errors
     /// There is none.
     pub fn get(&self, name: &str) -> Result<Peer, Problem> {
-        self.read().get(name).cloned().ok_or_else(|| unknown(name))
+        let named = self.read().get(name).cloned();
+        let proven = || self.by_fingerprint(&name.parse().ok()?);
+        named.or_else(proven).ok_or_else(|| unknown(name))
     }
 
     /// The peer with this fingerprint.

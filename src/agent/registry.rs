@@ -98,6 +98,11 @@ impl Registry {
         Ok(handle)
     }
 
+    /// Whether somebody is just starting it, adopting it or calling its monitor.
+    pub(crate) fn is_busy(&self, vm: &str) -> bool {
+        self.line(vm).try_lock().is_err()
+    }
+
     /// Whether this host has such a VM.
     pub(crate) fn knows(&self, vm: &str) -> bool {
         self.book.get(vm).is_some()
@@ -115,6 +120,9 @@ impl Registry {
         }
         let resolved = self.resolved(&spec)?;
         self.refuse_left_overs(&resolved)?;
+        // Its monitor takes one client at a time: nobody else calls before it has answered us.
+        let line = self.line(&name);
+        let mut line = line.lock().await;
         // In the book first: a crash in between leaves a VM that does not run, never one that runs
         // and that nobody knows.
         let entry = Entry { qmp: None, vm: resolved.spec.clone() };
@@ -122,7 +130,7 @@ impl Registry {
         match launch(&resolved, Role::Fresh, &self.policy.run_dir).await {
             Ok(handle) => {
                 tracing::info!(vm = name, pid = handle.process.pid, "VM started");
-                *self.line(&name).lock().await = Some(handle);
+                *line = Some(handle);
                 Ok(format!("{name} runs"))
             }
             Err(error) => {

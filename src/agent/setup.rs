@@ -213,6 +213,30 @@ unplugged = {{ none = true }}
 # TCP address at which Prometheus finds this agent's numbers (http://ADDRESS/metrics), without
 # encryption and to anybody who reaches it. Nowhere without it; `longhaul metrics` prints them, too.
 # listen = "127.0.0.1:9464"
+
+[scheduler]
+# The peer that may see the load of this host and order moves of its VMs. Nobody without it.
+# obeys = "paris"
+# Peers that this agent plans for, besides itself; each must obey it. It plans for nobody without it.
+# hosts = ["lyon", "nice"]
+# Make the moves against hot hosts; otherwise they are only shown by `longhaul plan`.
+# act = false
+# Seconds between two looks at all hosts, each with a plan.
+# interval_s = 300
+# A host is hot from here on, and relieved until here: percent of its CPU.
+# hot_percent = 80
+# cool_percent = 75
+# Moves that may start within an hour, and how long a VM rests that has moved.
+# moves_per_hour = 10
+# cooldown_s = 3600
+# What a link is thought to carry that has carried nothing yet, in bits per second.
+# link = "100M"
+# Cores that VMs may use here, if others use the rest of this machine.
+# cores = 8
+# Hosts by site, for `longhaul evacuate`; this host is under its own name.
+# sites = {{ north = ["paris", "lyon"], south = ["nice"] }}
+# What cannot be seen of a VM: what saving it is worth, and where it may be.
+# vms = {{ db1 = {{ weight = 8, apart = "db" }}, gateway = {{ pinned = true }} }}
 "#,
         name = quoted(&name),
         listen = quoted(&listen),
@@ -274,6 +298,11 @@ mod tests {
                 "after_",
                 "fence",
                 "listen",
+                "obeys",
+                "hosts",
+                "cores",
+                "sites",
+                "vms =",
             ];
             line.contains(" = ") && !skip.iter().any(|name| line.starts_with(name))
         };

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::calendar::{CalendarError, RateCalendar};
+use crate::calendar::{CalendarError, RateCalendar, Windows};
 use crate::units::parse_duration;
 
 /// Exit codes, as they are documented in the help.
@@ -126,8 +126,12 @@ Until the hand-over any failure leaves the guest running here. The job belongs t
 or a lost terminal ends this command, not the migration; `longhaul watch` follows it again and
 `longhaul cancel` stops it. With --attached, Ctrl-C cancels the migration instead.
 
+With --window it waits: in the window the disks go ahead, then the VM; when the window closes it pauses,
+and goes on in the next one without sending twice. `longhaul status` shows what waits.
+
 Example:
-  longhaul migrate db1 --to lyon --downtime-limit 300ms --deadline 2h")]
+  longhaul migrate db1 --to lyon --downtime-limit 300ms --deadline 2h
+  longhaul migrate db1 --to lyon --window \"22:00-06:00\" --rate 20M")]
     Migrate(MigrateArgs),
     /// Send an image to a peer's pool, without a VM
     #[command(after_help = "\
@@ -214,6 +218,39 @@ What the target has received stays there, so the next try is short.
 Example:
   longhaul cancel db1")]
     Cancel(VmName),
+    /// Show what the planner sees, plans and has ordered
+    #[command(after_help = "\
+One agent plans for the hosts that its configuration names (scheduler.hosts). Each host must obey it
+(scheduler.obeys in its own). The plan says why a VM moves and why a host is left as it is. With
+scheduler.act moves against hot hosts are made; otherwise they are only shown.
+
+Each plan that moves something is recorded with all that it was made of; --replay makes it anew.
+
+Example:
+  longhaul plan --explain
+  longhaul plan --replay /var/lib/longhaul/plans.jsonl")]
+    Plan(PlanArgs),
+    /// Empty a host for maintenance, one VM after the other
+    #[command(after_help = "\
+Without --go nothing is changed: the moves are shown. From --go on the host takes no VM, and its VMs
+move to where they add least, also without scheduler.act; --undo ends that.
+
+Example:
+  longhaul drain lyon          # what would move
+  longhaul drain lyon --go
+  longhaul drain lyon --undo")]
+    Drain(DrainArgs),
+    /// Empty a site before a deadline, the most valuable VMs first
+    #[command(after_help = "\
+Without --go nothing is changed: it is shown which VMs would go, in which order, which of them are
+promised, and which will not make it. Sites and weights stand in the planner's configuration
+(scheduler.sites, scheduler.vms).
+
+Example:
+  longhaul evacuate north --to south --deadline 2h
+  longhaul evacuate north --to south --deadline 2h --go
+  longhaul evacuate north --stop")]
+    Evacuate(EvacuateArgs),
     /// Decide where a VM runs whose hand-over is in doubt
     #[command(after_help = "\
 Without --runs nothing is decided: what this side knows is shown, and what each decision risks.
@@ -228,6 +265,49 @@ Example:
   longhaul resolve db1                # what is known
   longhaul resolve db1 --runs here    # asks for the VM's name to confirm")]
     Resolve(ResolveArgs),
+}
+
+/// Arguments of `plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// Show the forecasts that the plan rests on
+    #[arg(long)]
+    pub explain: bool,
+    /// Make the recorded plans of this file anew and compare
+    #[arg(long, value_name = "FILE", conflicts_with = "explain")]
+    pub replay: Option<PathBuf>,
+}
+
+/// Arguments of `drain`.
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// The host, by its name at the planner
+    pub host: String,
+    /// Do it
+    #[arg(long, conflicts_with = "undo")]
+    pub go: bool,
+    /// The host takes VMs again
+    #[arg(long)]
+    pub undo: bool,
+}
+
+/// Arguments of `evacuate`.
+#[derive(Debug, Args)]
+pub struct EvacuateArgs {
+    /// The site that is emptied
+    pub site: String,
+    /// The site that its VMs go to
+    #[arg(long, value_name = "SITE", required_unless_present = "stop")]
+    pub to: Option<String>,
+    /// The site is gone after this time, e.g. 2h
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, required_unless_present = "stop")]
+    pub deadline: Option<Duration>,
+    /// Do it
+    #[arg(long, conflicts_with = "stop")]
+    pub go: bool,
+    /// End the evacuation that is under way; what moves, moves on
+    #[arg(long, conflicts_with_all = ["to", "deadline"])]
+    pub stop: bool,
 }
 
 /// Arguments of `verify`.
@@ -484,6 +564,9 @@ pub struct MigrateArgs {
     /// Downtime that it may take [default: limits.downtime_limit_ms, 300ms]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub downtime_limit: Option<Duration>,
+    /// Move only then, e.g. "22:00-06:00" or "mon-fri 22:00-06:00; sat,sun"
+    #[arg(long, value_name = "TIMES", conflicts_with = "attached")]
+    pub window: Option<Windows>,
     /// How.
     #[command(flatten)]
     pub how: MoveArgs,

@@ -10,6 +10,7 @@ mod index;
 mod limit;
 mod moves;
 mod pair;
+mod plan;
 mod progress;
 mod report;
 mod resolve;
@@ -118,6 +119,9 @@ pub async fn run(global: &Global, command: Command) -> Exit {
         Command::Limit(args) => limit::run(global, args).await,
         Command::Index(args) => index::run(global, args).await,
         Command::Verify(args) => verify::run(global, args).await,
+        Command::Plan(args) => plan::plan(global, args).await,
+        Command::Drain(args) => plan::drain(global, args).await,
+        Command::Evacuate(args) => plan::evacuate(global, args).await,
         // These two are the agent itself; `main` starts it.
         Command::Init(_) | Command::Agent(_) => Err(CommandError::Mismatch),
     };

@@ -20,9 +20,14 @@ pub(super) async fn seed(global: &Global, args: SeedArgs) -> Result<Exit, Comman
 }
 
 pub(super) async fn migrate(global: &Global, args: MigrateArgs) -> Result<Exit, CommandError> {
-    let MigrateArgs { vm, to, downtime_limit, how } = args;
+    let MigrateArgs { vm, to, downtime_limit, window, how } = args;
     let limit_ms = downtime_limit.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
-    let wish = Request::Migrate(request(&vm, to, &how, limit_ms));
+    let wish = MoveRequest { windows: window, ..request(&vm, to, &how, limit_ms) };
+    let waits = wish.windows.is_some();
+    let wish = Request::Migrate(wish);
+    if waits {
+        return ask_and_say(global, &wish).await;
+    }
     follow(global, &wish, Watched { vm, attached: how.attached }).await
 }
 
@@ -65,6 +70,7 @@ fn request(vm: &str, to: String, how: &MoveArgs, downtime_limit_ms: Option<u64>)
         deadline_s: how.deadline.map(|deadline| deadline.as_secs().max(1)),
         rate: how.rate.clone(),
         detach: how.detach,
+        windows: None,
     }
 }
 

@@ -6,7 +6,9 @@ use super::args::Global;
 use super::progress::line;
 use super::table::Table;
 use super::{CommandError, Exit, ask, limit, pair, print, vm};
-use crate::control::{JobOutcome, JobRecord, JobSummary, Reply, Request, Status, metrics_text};
+use crate::control::{
+    JobOutcome, JobRecord, JobSummary, Reply, Request, Status, WaitView, metrics_text,
+};
 use crate::migration::journal::Role;
 use crate::units::{ByteCount, duration_text};
 
@@ -53,6 +55,10 @@ fn status_text(status: &Status) -> String {
         text += "\n";
         text += &jobs_text(&status.jobs);
     }
+    if !status.waiting.is_empty() {
+        text += "\n";
+        text += &waiting_text(&status.waiting);
+    }
     if !status.recent.is_empty() {
         text += "\n";
         text += &recent_text(&status.recent);
@@ -66,6 +72,23 @@ fn jobs_text(jobs: &[JobSummary]) -> String {
         let (id, kind) = (job.id.to_string(), job.kind.to_string());
         let cap = job.limits.as_ref().map_or_else(|| "-".to_owned(), |limits| limit::short(limits));
         table.row([id, kind, job.vm.clone(), job.peer.clone(), cap, line(&job.progress)]);
+    }
+    table.render("")
+}
+
+fn waiting_text(waiting: &[WaitView]) -> String {
+    let mut table = Table::new(&["WAITS", "TO", "WINDOW", "NOW", "DISKS", "TROUBLE"]);
+    for wait in waiting {
+        let until = wait.until.map(|at| at.strftime(" until %Y-%m-%d %H:%M:%SZ").to_string());
+        let now = if wait.is_open { "open" } else { "closed" };
+        table.row([
+            wait.vm.clone(),
+            wait.to.clone(),
+            wait.windows.clone(),
+            format!("{now}{}", until.unwrap_or_default()),
+            if wait.seeded { "ahead" } else { "to go" }.to_owned(),
+            wait.trouble.clone().unwrap_or_else(|| "-".to_owned()),
+        ]);
     }
     table.render("")
 }
@@ -131,6 +154,7 @@ mod tests {
             jobs: vec![],
             in_doubt: vec![doubt],
             recent: vec![],
+            waiting: vec![],
         };
         let text = status_text(&status);
         assert!(text.starts_with("IN DOUBT: db1 (with lyon): lyon has not"), "{text}");

@@ -122,3 +122,32 @@ fn a_missing_file_leads_to_init() {
     let error = Config::load(Path::new("/nonexistent/agent.toml"), &Overrides::default());
     assert!(error.unwrap_err().to_string().contains("`longhaul init`"));
 }
+
+#[test]
+fn a_planner_is_told_for_whom_and_by_which_rules() {
+    let parse_it = |text: &str| parse(&format!("[agent]\nname = \"paris\"\n[scheduler]\n{text}"));
+    let rules = parse_it("").unwrap().scheduler;
+    assert!(rules.hosts.is_empty() && rules.obeys.is_none() && !rules.acts);
+    assert_eq!((rules.interval, rules.marks), (Duration::from_secs(300), (0.8, 0.75)));
+    let rules = parse_it(
+        "hosts = [\"lyon\"]\nact = true\ninterval_s = 60\nhot_percent = 60\nlink = \"1G\"\ncores = 0.5\n\
+         sites = { north = [\"paris\"], south = [\"lyon\"] }\nvms = { db1 = { weight = 8 } }\n",
+    );
+    let rules = rules.unwrap().scheduler;
+    assert_eq!((rules.marks, rules.vms["db1"].weight), ((0.6, 0.55), 8.0));
+    for (text, words) in [
+        ("sites = { north = [\"nice\"] }", "`nice` of site north is not planned for"),
+        ("hosts = [\"a\"]\nsites = { x = [\"a\"], y = [\"a\"] }", "`a` is in two sites"),
+        ("hosts = [\"paris\"]", "this host is planned for anyway"),
+        ("hot_percent = 70\ncool_percent = 70", "hot from 70 % on cannot be relieved at 70 %"),
+        ("hot_percent = 0", "0 % of a host cannot be"),
+        ("interval_s = 0", "0 s cannot be"),
+        ("cores = -1.0", "-1 cores cannot be"),
+        ("link = \"fast\"", "`fast` is not a rate"),
+        ("vms = { db1 = { weight = 0.0 } }", "a weight of 0 cannot be"),
+        ("vms = { db1 = { wait = 1 } }", "unknown field `wait`"),
+    ] {
+        let error = parse_it(text).unwrap_err().to_string();
+        assert!(error.contains(words), "{text}: {error}");
+    }
+}

@@ -11,6 +11,7 @@ use jiff::tz::TimeZone;
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::scheduler::SchedulerTyped;
 use super::{
     ConfigError, HookConfig, Limits, Problem, Source, absolute, parse_listen, problem,
     valid_downtime_limit, valid_name,
@@ -54,6 +55,8 @@ pub(super) struct Typed {
     pub(super) hooks: HooksTyped,
     #[serde(default)]
     pub(super) metrics: MetricsTyped,
+    #[serde(default)]
+    pub(super) scheduler: SchedulerTyped,
 }
 
 #[derive(Deserialize)]

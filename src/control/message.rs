@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 use super::failure::Failure;
 use super::index::{IndexProgress, IndexRequest, IndexSummary};
 use super::limits::{JobLimits, LimitRequest, Limits};
+use super::load::{HostLoad, PlanView};
 use super::metrics::Metric;
 use super::verify::VerifySummary;
-use crate::calendar::RateCalendar;
+use crate::calendar::{RateCalendar, Windows};
 use crate::migration::handover::Choice;
 use crate::migration::journal::Role;
 use crate::migration::{Completed, Progress};
@@ -122,6 +123,17 @@ pub enum Request {
     },
     /// Send an image without a VM.
     Push(PushRequest),
+    /// What this host and its VMs have asked for lately.
+    Load {
+        /// The mean over so many seconds.
+        over_s: u64,
+    },
+    /// What the planner sees and plans.
+    Plan,
+    /// Empty a host, or show what that would move.
+    Drain(DrainRequest),
+    /// Empty a site before a deadline, or show what could be saved.
+    Evacuate(EvacuateRequest),
 }
 
 /// A VM by name, or by a description that was typed.
@@ -158,6 +170,9 @@ pub struct MoveRequest {
     /// Answer as soon as the job is admitted, not when it ended.
     #[serde(default)]
     pub detach: bool,
+    /// Only within these windows: a migration that waits for them, and pauses when they close.
+    #[serde(default)]
+    pub windows: Option<Windows>,
 }
 
 /// What a push should do. Its job goes by the image's path.
@@ -183,6 +198,36 @@ pub struct PushRequest {
     /// Answer as soon as the job is admitted, not when it ended.
     #[serde(default)]
     pub detach: bool,
+}
+
+/// What a drain should do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainRequest {
+    /// The host's name at the planner.
+    pub host: String,
+    /// Do it; otherwise it is only shown.
+    #[serde(default)]
+    pub go: bool,
+    /// The host takes VMs again.
+    #[serde(default)]
+    pub undo: bool,
+}
+
+/// What an evacuation should do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EvacuateRequest {
+    /// The site that is emptied.
+    pub site: String,
+    /// The site that its VMs go to.
+    pub to: String,
+    /// Seconds after which the site is gone.
+    pub deadline_s: u64,
+    /// Do it; otherwise it is only shown.
+    #[serde(default)]
+    pub go: bool,
+    /// End the one that is under way: what moves, moves on.
+    #[serde(default)]
+    pub stop: bool,
 }
 
 /// One line of an answer.
@@ -258,6 +303,10 @@ pub enum Reply {
     Metrics(Vec<Metric>),
     /// Everything worth knowing.
     Status(Box<Status>),
+    /// A host's load.
+    Load(Box<HostLoad>),
+    /// What the planner sees and plans.
+    Plan(Box<PlanView>),
 }
 
 /// Who an agent is to others.
@@ -456,6 +505,30 @@ pub struct Status {
     pub in_doubt: Vec<InDoubt>,
     /// What ended lately, newest first.
     pub recent: Vec<JobRecord>,
+    /// Moves that wait for a window.
+    #[serde(default)]
+    pub waiting: Vec<WaitView>,
+}
+
+/// A move that waits for a window.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitView {
+    /// The VM.
+    pub vm: String,
+    /// The peer's name here.
+    pub to: String,
+    /// Its windows, as they were typed.
+    pub windows: String,
+    /// One of them is now.
+    pub is_open: bool,
+    /// When that changes.
+    pub until: Option<jiff::Timestamp>,
+    /// When it is given up.
+    pub deadline: Option<jiff::Timestamp>,
+    /// Its disks have gone ahead.
+    pub seeded: bool,
+    /// How its last job ended, if that was not as it should.
+    pub trouble: Option<String>,
 }
 
 #[cfg(test)]
@@ -480,6 +553,7 @@ mod tests {
                     deadline_s: None,
                     rate: "20M".parse().ok(),
                     detach: false,
+                    windows: None,
                 }),
             ),
             (

@@ -17,6 +17,7 @@ mod failure;
 mod index;
 mod limits;
 mod line;
+mod load;
 mod message;
 mod metrics;
 mod verify;
@@ -27,11 +28,15 @@ pub use failure::{Failure, FailureKind};
 pub use index::{IndexProgress, IndexRequest, IndexSummary, IndexWork, IndexedImage, IndexedState};
 pub use limits::{JobLimits, Limit, LimitChange, LimitRequest, Limits};
 pub use line::{LineError, read_line, write_line};
+pub use load::{
+    EvacuationView, HostLoad, HostView, LinkLoad, OrderOutcome, OrderView, PlanRecord, PlanView,
+    VmLoad,
+};
 pub use longhaul_transport::BitRate;
 pub use message::{
-    Adopted, Answer, Checked, Event, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary,
-    MoveRequest, OwnIdentity, PeerSummary, PushRequest, Reply, Request, Response, Status, VmDetail,
-    VmSource, VmSummary,
+    Adopted, Answer, Checked, DrainRequest, EvacuateRequest, Event, InDoubt, JobKind, JobOutcome,
+    JobRecord, JobSummary, MoveRequest, OwnIdentity, PeerSummary, PushRequest, Reply, Request,
+    Response, Status, VmDetail, VmSource, VmSummary, WaitView,
 };
 pub use metrics::{METRICS_MEDIA_TYPE, Metric, MetricKind, Sample, metrics_text};
 pub use verify::VerifySummary;

@@ -15,6 +15,7 @@ use tokio::sync::Mutex;
 use super::doubts::Doubts;
 use super::journal::JournalDir;
 use super::message::Purpose;
+use super::question::Answers;
 use super::seeds::SeedBook;
 use crate::hypervisor::Host;
 
@@ -91,6 +92,8 @@ pub struct Site {
     pub doubts: Doubts,
     /// Held by whoever acts upon what a target's journal says.
     pub turn: Arc<Mutex<()>>,
+    /// Who answers what peers ask beside attempts.
+    pub answers: Arc<dyn Answers>,
 }
 
 /// Which side of a switchover a hook runs at.

@@ -177,6 +177,8 @@ pub enum ToTarget {
     },
     /// Begin, with an image instead of a VM.
     OpenImage(Box<OpenImage>),
+    /// A question about no attempt; its language is the agents' own.
+    Question(Vec<u8>),
 }
 
 /// How the time at the target went, in milliseconds.
@@ -269,6 +271,8 @@ pub enum ToSource {
     Kept,
     /// What the source confirmed is noted.
     Noted,
+    /// The answer to a [`ToTarget::Question`].
+    Answer(Vec<u8>),
 }
 
 /// What a bulk item is.

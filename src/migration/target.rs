@@ -65,6 +65,9 @@ pub async fn serve(
                 Err(error) => Err(error),
             }
         }
+        ToTarget::Question(question) => {
+            Ok(ToSource::Answer(site.answers.answer(peer, &question).await))
+        }
         ToTarget::OpenImage(open) => {
             let arriving =
                 push::receive(site, attempts, peer, &open, session, &control, &mut messages);

@@ -95,6 +95,8 @@ pub enum Nothing {
         /// How old, in seconds.
         age_s: i64,
     },
+    /// A VM of it is too young to be judged.
+    Settling,
     /// Its samples cannot be true.
     Untrue,
     /// Above its mark, and expected to be under it before a migration would end.
@@ -209,6 +211,7 @@ impl fmt::Display for Nothing {
                 write!(f, "its last sample is from {} s in the future", -age_s)
             }
             Self::Stale { age_s } => write!(f, "its last sample is {age_s} s old"),
+            Self::Settling => write!(f, "a VM there has not been watched for long enough"),
             Self::Untrue => write!(f, "its samples cannot be true"),
             Self::Passing { then } => {
                 write!(f, "it is hot, and {:.0} % is expected when a move would end", then * 100.0)

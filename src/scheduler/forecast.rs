@@ -148,6 +148,11 @@ impl Forecaster {
         self.said.push_back(self.say());
     }
 
+    /// Samples so far.
+    pub fn samples(&self) -> u64 {
+        self.count
+    }
+
     fn say(&self) -> [f64; PREDICTORS] {
         let [fast, medium, slow] = self.averages;
         // The hour to come: of yesterday, or the average when it was not seen.

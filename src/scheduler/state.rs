@@ -36,6 +36,9 @@ pub struct Host {
     pub is_on: bool,
     /// Is to be emptied and takes no VM.
     pub is_in_maintenance: bool,
+    /// Has a VM that was not watched for long enough: it is too early to judge the host.
+    #[serde(default)]
+    pub is_settling: bool,
     /// When the last of `asked` was taken.
     pub sampled_at_s: i64,
     /// CPU asked for, oldest first, one sample each interval; a few are enough.
@@ -102,6 +105,17 @@ pub enum InvalidState {
         /// Whose.
         name: String,
     },
+    /// A size or rate that is no number, or below zero.
+    #[error("{what} of {name} must be a number, zero or more")]
+    NoRate {
+        /// Which number.
+        what: &'static str,
+        /// Whose.
+        name: String,
+    },
+    /// An evacuation contradicts itself.
+    #[error("the evacuation's {0}")]
+    Evacuation(&'static str),
     /// The policy contradicts itself.
     #[error("the policy's {0}")]
     Policy(&'static str),

@@ -22,6 +22,7 @@ fn state(hosts: &[&[f64]]) -> State {
             watts: (90.0, 130.0),
             is_on: true,
             is_in_maintenance: false,
+            is_settling: false,
             sampled_at_s: NOW_S - 60,
             asked: vec![asked.iter().sum(); 3],
         });

@@ -186,6 +186,9 @@ impl<'a> WhatIf<'a> {
         if age_s > self.policy.stale_s || age_s < 0 || host.asked.is_empty() {
             return Some(Nothing::Stale { age_s });
         }
+        if host.is_settling {
+            return Some(Nothing::Settling);
+        }
         let is_number = |value: f64| value.is_finite() && value >= 0.0;
         let vms = || self.vms[number].iter().map(|&vm| (&self.state.vms[vm], &self.forecasts[vm]));
         let numbers = host.asked.iter().all(|asked| is_number(*asked))

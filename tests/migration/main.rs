@@ -16,6 +16,7 @@ mod faults;
 mod full;
 mod hooks;
 mod owners;
+mod planned;
 mod push;
 mod refusals;
 mod seeds;

@@ -25,7 +25,7 @@ pub(crate) const LOOK_PERIOD: Duration = Duration::from_millis(20);
 pub(crate) const IN_FLIGHT_BYTES: u64 = 6 << 20;
 
 /// Two cores are enough for one guest that is moved, not for two.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+pub(crate) static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// Everything that a test needs. Fields are dropped in this order.
 pub(crate) struct Stage {
@@ -57,7 +57,7 @@ impl Default for Setting {
 }
 
 /// The folder of the QEMU that the environment names.
-fn qemu(variable: &str) -> Result<PathBuf, String> {
+pub(crate) fn qemu(variable: &str) -> Result<PathBuf, String> {
     let program = std::env::var_os(variable)
         .ok_or_else(|| format!("{variable} does not name a qemu-system-x86_64"))?;
     let folder = Path::new(&program).ancestors().nth(2).map(Path::to_owned);

@@ -136,6 +136,7 @@ fn host(number: usize, kind: HostType, is_on: bool, now_s: i64, asked: &[f64]) -
         watts: (kind.power_w(0.0), kind.power_w(1.0)),
         is_on,
         is_in_maintenance: false,
+        is_settling: false,
         sampled_at_s: now_s,
         asked: asked.to_vec(),
     }

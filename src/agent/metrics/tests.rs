@@ -34,6 +34,7 @@ fn idle() -> Facts {
         jobs: vec![],
         in_doubt: vec![],
         recent: vec![],
+        waiting: vec![],
     };
     let limits = Limits {
         time_zone: "UTC".into(),

@@ -141,6 +141,7 @@ fn state(view: &View<'_>, moved: &[Moved], samples: usize) -> State {
         watts: (100.0, 200.0),
         is_on: true,
         is_in_maintenance: false,
+        is_settling: false,
         sampled_at_s: view.now_s,
         asked: asked[asked.len().saturating_sub(samples)..].to_vec(),
     });
