@@ -231,7 +231,7 @@ unplugged = {{ none = true }}
 # cooldown_s = 3600
 # What a link is thought to carry that has carried nothing yet, in bits per second.
 # link = "100M"
-# Cores that VMs may use here, if others use the rest of this machine.
+# Cores that VMs may use here, if others use the rest of this machine; then only what VMs use counts.
 # cores = 8
 # Hosts by site, for `longhaul evacuate`; this host is under its own name.
 # sites = {{ north = ["paris", "lyon"], south = ["nice"] }}

@@ -298,8 +298,11 @@ impl<'a> WhatIf<'a> {
         if self.memory_mib[to] + of.memory_mib > host.memory_mib {
             return Some(Refusal::Memory);
         }
-        let comfort = self.policy.comfort * host.cpu;
-        let deviations = self.policy.deviations;
+        // A host is emptied because somebody wants it empty: what is expected must fit, not what could be.
+        let (comfort, deviations) = match self.host(from).is_in_maintenance {
+            true => (host.cpu, 0.0),
+            false => (self.policy.comfort * host.cpu, self.policy.deviations),
+        };
         let is_too_much = self.now[to] + of.asked > comfort
             || self.soon[to].plus(forecast.soon).high(deviations) > comfort
             || self.later[to].plus(forecast.later).high(deviations) > comfort;

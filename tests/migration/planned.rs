@@ -121,7 +121,7 @@ fn is_done(order: &Value) -> bool {
 /// and says why. Then a host is emptied for maintenance: shown first, done when it is asked for.
 #[test]
 fn a_hot_host_is_relieved_and_another_one_emptied() {
-    let rules = "interval_s = 4\nact = false\ncooldown_s = 600\n";
+    let rules = "interval_s = 4\nact = false\ncooldown_s = 600\nhot_percent = 50\n";
     let Some(mut region) = Region::up("hot", rules, 1.0) else { return };
     region.start("paris", "quiet", 512, 0);
     region.start("lyon", "mail", 96, 0);
@@ -132,13 +132,17 @@ fn a_hot_host_is_relieved_and_another_one_emptied() {
             !host(plan, name)["vms"].as_array().unwrap().is_empty() && cpu.as_f64() < Some(0.5)
         })
     });
-    region.start("paris", "big", 256, 60);
-    region.start("paris", "small", 96, 60);
+    region.start("paris", "big", 256, 35);
+    region.start("paris", "small", 96, 35);
     // Guests that start ask for all they can get: only then is it seen who asks for how much.
     region.until("a plan to move it", |plan| {
         let decisions = plan["plan"]["decisions"].as_array();
         let moves = decisions.into_iter().flatten().map(|one| &one["move"]["vm"]);
-        let is_at_rest = host(plan, "paris")["cpu"][0].as_f64() < Some(1.2);
+        let is_at_rest = [("small", 0.5), ("big", 0.5), ("quiet", 0.3)].iter().all(|(vm, most)| {
+            let forecast = &plan["forecasts"][vm];
+            let is_low = |when: &str| forecast[when]["mean"].as_f64() < Some(*most);
+            is_low("soon") && is_low("later") && host(plan, "paris")["cpu"][0].as_f64() < Some(0.9)
+        });
         is_at_rest && moves.filter(|vm| vm.is_string()).collect::<Vec<_>>() == ["small"]
     });
     assert_eq!(region.plan()["orders"], serde_json::json!([]), "it may only plan");

@@ -25,7 +25,7 @@ const ASK_WAIT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Monitor {
     period: Duration,
-    /// Cores that the host's VMs may use; where an operator says so, only what VMs ask for counts.
+    /// Cores that the host's VMs may use; where an operator says so, only what VMs use counts.
     cores: Option<f64>,
     seen: Mutex<Seen>,
 }
@@ -143,7 +143,9 @@ impl Monitor {
                 let rate = |of: fn(&ProcessCounters) -> f64| {
                     ((of(&last.process) - of(&first.process)) / passed_s).max(0.0)
                 };
-                let (ran, waited) = (rate(|p| p.ran_s), rate(|p| p.waited_s));
+                // Where others have the rest of the machine, waiting says nothing of this host.
+                let counts = if self.cores.is_some() { 0.0 } else { 1.0 };
+                let (ran, waited) = (rate(|p| p.ran_s), rate(|p| p.waited_s) * counts);
                 let written = last.written_bytes.zip(first.written_bytes);
                 let written = written.map_or(0, |(last, first)| last.saturating_sub(first));
                 let written_bytes_s = written as f64 / passed_s;
