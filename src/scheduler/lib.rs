@@ -6,11 +6,13 @@
 //!
 //! Reading order: [`state`] (what is known), [`forecast`] (what is expected), [`policy`] (what is
 //! allowed), [`decision`] (what comes out), `what_if` (the hosts as a plan would leave them), then the
-//! goals: `balance` and `consolidate`.
+//! goals: `balance` and `consolidate`. Apart from them, with a deadline instead of a policy:
+//! [`evacuate`] (who gets out of a site before it fails).
 
 mod balance;
 mod consolidate;
 pub mod decision;
+pub mod evacuate;
 pub mod forecast;
 pub mod policy;
 pub mod state;

@@ -102,6 +102,17 @@ pub enum InvalidState {
         /// Whose.
         name: String,
     },
+    /// A size or rate that is no number, or below zero.
+    #[error("{what} of {name} must be a number, zero or more")]
+    NoRate {
+        /// Which number.
+        what: &'static str,
+        /// Whose.
+        name: String,
+    },
+    /// An evacuation contradicts itself.
+    #[error("the evacuation's {0}")]
+    Evacuation(&'static str),
     /// The policy contradicts itself.
     #[error("the policy's {0}")]
     Policy(&'static str),
