@@ -68,6 +68,8 @@ enum SimulateCommand {
     Balance(simulate::balance::BalancePlan),
     /// Few hosts for the load: the planner beside THR-MMT and LR-MMT on the same days.
     Consolidate(simulate::consolidate::ConsolidatePlan),
+    /// Out before a deadline: the planner beside simple orders and a proven bound.
+    Evacuate(simulate::evacuate::EvacuatePlan),
 }
 
 #[derive(Debug, Subcommand)]
@@ -229,6 +231,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         Area::Simulate(SimulateCommand::Consolidate(plan)) => {
             simulate::consolidate::consolidate(&plan)?;
         }
+        Area::Simulate(SimulateCommand::Evacuate(plan)) => simulate::evacuate::evacuate(&plan)?,
         Area::Compare(comparison) => {
             comparison.print(row::summarise, |summaries| row::table(summaries))?;
         }

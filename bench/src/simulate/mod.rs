@@ -5,12 +5,13 @@
 //!
 //! Reading order: [`traces`] (what is played), `machine` (hosts, VMs, how a host shares its CPU),
 //! [`rivals`] (who moves what where), [`day`] (the clock), [`account`] (what it cost), then what the
-//! planner is measured by: [`consolidate`] and [`balance`].
+//! planner is measured by: [`consolidate`], [`balance`] and [`evacuate`].
 
 pub mod account;
 pub mod balance;
 pub mod consolidate;
 pub mod day;
+pub mod evacuate;
 mod machine;
 pub mod rivals;
 pub mod traces;

@@ -62,6 +62,8 @@ pub fn planetlab(folder: &Path, day: &str) -> Result<Day> {
 pub struct BusinessVm {
     /// Its size in MHz.
     pub mhz: f64,
+    /// Its cores.
+    pub cores: f64,
     /// Its memory in MiB.
     pub memory_mib: u64,
     /// MHz that it used, one value each 5 min.
@@ -76,16 +78,7 @@ pub struct BusinessVm {
 ///
 /// When a file is missing, or has a line that is not a VM's number and whole numbers.
 pub fn bitbrains(folder: &Path, month: &str) -> Result<Vec<BusinessVm>> {
-    let mut loads: Vec<Vec<f64>> = Vec::new();
-    for fields in table(&folder.join(format!("bitbrains_rnd_{month}_cpu_mhz.csv.zst")))? {
-        let mut load = Vec::with_capacity(fields.len());
-        for field in fields.iter().skip(1) {
-            let before = load.last().copied().unwrap_or(0.0);
-            let value = if field.is_empty() { before } else { f64::from(field.parse::<u32>()?) };
-            load.push(value);
-        }
-        loads.push(load);
-    }
+    let loads = samples(&folder.join(format!("bitbrains_rnd_{month}_cpu_mhz.csv.zst")))?;
     let sizes = table(&folder.join(format!("bitbrains_rnd_{month}_vms.csv.zst")))?;
     ensure!(loads.len() == sizes.len(), "{} loads of {} VMs", loads.len(), sizes.len());
     let days = loads.iter().map(Vec::len).min().unwrap_or(0) / SAMPLES_PER_DAY;
@@ -95,9 +88,50 @@ pub fn bitbrains(folder: &Path, month: &str) -> Result<Vec<BusinessVm>> {
             let field = fields.get(at).context("a VM without a size")?;
             field.parse().with_context(|| format!("{field:?} is no size"))
         };
-        Ok(BusinessVm { mhz: number(2)?, memory_mib: number(3)? as u64, used })
+        Ok(BusinessVm { mhz: number(2)?, cores: number(1)?, memory_mib: number(3)? as u64, used })
     };
     loads.into_iter().zip(sizes).map(vm).collect()
+}
+
+/// Reads what the same VMs wrote to disk, in KB a second, from
+/// `bitbrains_rnd_MONTH_disk_write_kbs.csv.zst`.
+///
+/// # Errors
+///
+/// When the file is missing, or has a line that is not a VM's number and whole numbers.
+pub fn bitbrains_writes(folder: &Path, month: &str) -> Result<Vec<Vec<f64>>> {
+    samples(&folder.join(format!("bitbrains_rnd_{month}_disk_write_kbs.csv.zst")))
+}
+
+/// Reads the load of a transatlantic link, bits in each sample, from
+/// `wan_transatlantic_isp_2005_5min.csv.zst`.
+///
+/// # Errors
+///
+/// When the file is missing, or has a line without a number in its third column.
+pub fn transatlantic(folder: &Path) -> Result<Vec<f64>> {
+    let path = folder.join("wan_transatlantic_isp_2005_5min.csv.zst");
+    let mut load = Vec::new();
+    for fields in table(&path)?.iter().skip(1) {
+        let field = fields.get(2).with_context(|| format!("{}: short line", path.display()))?;
+        load.push(field.parse::<u64>().with_context(|| format!("{field:?} is no load"))? as f64);
+    }
+    Ok(load)
+}
+
+/// A number and samples on each line. A sample that is missing repeats the one before it.
+fn samples(path: &Path) -> Result<Vec<Vec<f64>>> {
+    let mut all: Vec<Vec<f64>> = Vec::new();
+    for fields in table(path)? {
+        let mut one = Vec::with_capacity(fields.len());
+        for field in fields.iter().skip(1) {
+            let before = one.last().copied().unwrap_or(0.0);
+            let value = if field.is_empty() { before } else { f64::from(field.parse::<u32>()?) };
+            one.push(value);
+        }
+        all.push(one);
+    }
+    Ok(all)
 }
 
 /// The fields of each line, without the header if there is one.

@@ -7,7 +7,7 @@ use super::draft::{Draft, Problem};
 
 /// Slots that may be looked at for a first plan, and for one that follows another.
 const STEPS_FIRST: u64 = 16_000_000;
-const STEPS_AGAIN: u64 = 1_500_000;
+const STEPS_AGAIN: u64 = 300_000;
 /// Changes in vain after which there is nothing more to find, for each VM and in all.
 const VAIN_PER_VM: u64 = 400;
 const VAIN: u64 = 4_000;
@@ -49,11 +49,12 @@ pub(super) fn search(problem: &Problem<'_>, hint: &[Vec<usize>], seed: u64) -> D
     let by_density = by_density(problem);
     let held = held(problem, &mut steps);
     let is_again = hint.iter().any(|lane| !lane.is_empty());
+    let budget = if is_again { STEPS_AGAIN } else { STEPS_FIRST };
     let mut best = held.clone();
     let mut consider = |mut draft: Draft, then: &[usize], steps: &mut u64| {
         append(problem, &mut draft, then, steps);
         append(problem, &mut draft, &by_density, steps);
-        squeeze_in(problem, &mut draft, &by_density, steps);
+        squeeze_in(problem, &mut draft, &by_density, budget / 2, steps);
         if is_better(problem, &draft, &best) {
             best = draft;
         }
@@ -63,20 +64,22 @@ pub(super) fn search(problem: &Problem<'_>, hint: &[Vec<usize>], seed: u64) -> D
     }
     let mut going_on = held.clone();
     go_on(problem, &mut going_on, &mut steps);
-    let chosen: Vec<Vec<usize>> = FILLS
+    // The plan before is good already where there is one.
+    let fills = if is_again { &FILLS[..1] } else { &FILLS[..] };
+    let starts = if is_again { &[&going_on][..] } else { &[&held, &going_on][..] };
+    let chosen: Vec<Vec<usize>> = fills
         .iter()
         .map(|fill| {
             let chosen = knapsack(problem, *fill);
             by_density.iter().copied().filter(|&item| chosen[item]).collect()
         })
         .collect();
-    for start in [&held, &going_on] {
-        consider(start.clone(), &[], &mut steps);
+    for start in starts {
+        consider(Draft::clone(start), &[], &mut steps);
         for chosen in &chosen {
-            consider(start.clone(), chosen, &mut steps);
+            consider(Draft::clone(start), chosen, &mut steps);
         }
     }
-    let budget = if is_again { STEPS_AGAIN } else { STEPS_FIRST };
     improve(problem, best, &by_density, seed, budget.saturating_sub(steps))
 }
 
@@ -104,7 +107,7 @@ fn held(problem: &Problem<'_>, steps: &mut u64) -> Draft {
     });
     let mut by_weight = Draft::new(problem);
     append(problem, &mut by_weight, &held, steps);
-    squeeze_in(problem, &mut by_weight, &held, steps);
+    squeeze_in(problem, &mut by_weight, &held, u64::MAX, steps);
     // Those under way go on, if nobody who is promised loses by it.
     let mut going_on = Draft::new(problem);
     for &item in &held {
@@ -114,7 +117,7 @@ fn held(problem: &Problem<'_>, steps: &mut u64) -> Draft {
         }
     }
     append(problem, &mut going_on, &held, steps);
-    squeeze_in(problem, &mut going_on, &held, steps);
+    squeeze_in(problem, &mut going_on, &held, u64::MAX, steps);
     if held.iter().all(|&item| going_on.goes(item) || !by_weight.goes(item)) {
         going_on
     } else {
@@ -168,9 +171,18 @@ fn append(problem: &Problem<'_>, draft: &mut Draft, items: &[usize], steps: &mut
     }
 }
 
-/// Tries a few places of every lane for those that did not fit behind the others.
-fn squeeze_in(problem: &Problem<'_>, draft: &mut Draft, items: &[usize], steps: &mut u64) {
+/// Tries a few places of every lane for those that did not fit behind the others, within a budget.
+fn squeeze_in(
+    problem: &Problem<'_>,
+    draft: &mut Draft,
+    items: &[usize],
+    budget: u64,
+    steps: &mut u64,
+) {
     for &item in items {
+        if *steps > budget {
+            return;
+        }
         for &lane in &problem.items[item].lanes {
             let len = draft.order[lane].len();
             for quarter in 0..4 {
