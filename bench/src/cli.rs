@@ -70,6 +70,8 @@ enum SimulateCommand {
     Consolidate(simulate::consolidate::ConsolidatePlan),
     /// Out before a deadline: the planner beside simple orders and a proven bound.
     Evacuate(simulate::evacuate::EvacuatePlan),
+    /// Time one balance decision over many hosts and VMs.
+    Light(simulate::light::LightPlan),
 }
 
 #[derive(Debug, Subcommand)]
@@ -231,6 +233,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         Area::Simulate(SimulateCommand::Consolidate(plan)) => {
             simulate::consolidate::consolidate(&plan)?;
         }
+        Area::Simulate(SimulateCommand::Light(plan)) => simulate::light::light(&plan)?,
         Area::Simulate(SimulateCommand::Evacuate(plan)) => simulate::evacuate::evacuate(&plan)?,
         Area::Compare(comparison) => {
             comparison.print(row::summarise, |summaries| row::table(summaries))?;

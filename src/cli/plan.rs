@@ -115,9 +115,11 @@ fn plan_text(view: &PlanView) -> String {
 fn hosts_text(hosts: &[HostView]) -> String {
     let mut table = Table::new(&["HOST", ">CPU", ">OF", ">MEMORY", ">OF", "STATE", "VMS"]);
     for host in hosts {
-        let number =
-            |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
-        let memory = |value: Option<u64>| value.map_or("-".to_owned(), |mib| format!("{mib} MiB"));
+        let number = |value: Option<f64>| {
+            value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"))
+        };
+        let memory =
+            |value: Option<u64>| value.map_or_else(|| "-".to_owned(), |mib| format!("{mib} MiB"));
         let state = match (&host.trouble, host.cpu, host.is_in_maintenance) {
             (_, _, true) => "maintenance",
             (Some(_), _, _) => "silent",

@@ -12,6 +12,7 @@ pub mod balance;
 pub mod consolidate;
 pub mod day;
 pub mod evacuate;
+pub mod light;
 mod machine;
 pub mod rivals;
 pub mod traces;

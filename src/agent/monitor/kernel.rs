@@ -60,7 +60,7 @@ pub(super) fn process(pid: i32) -> Option<ProcessCounters> {
     Some(ProcessCounters {
         ran_s: ticks as f64 / ticks_per_s(),
         waited_s: waited_ns as f64 / NS_PER_S,
-        resident_mib: pages * rustix::param::page_size() as u64 >> 20,
+        resident_mib: (pages * rustix::param::page_size() as u64) >> 20,
     })
 }
 

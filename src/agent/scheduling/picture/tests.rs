@@ -72,10 +72,12 @@ fn decisions(heard: &BTreeMap<String, Heard>, memory: &Memory) -> Vec<Decision> 
 }
 
 fn moves(decisions: &[Decision]) -> Vec<(&str, &str, &str)> {
-    let of = |decision| match decision {
-        &Decision::Move(ref one) => Some((&*one.vm, &*one.from, &*one.to)),
-        Decision::Nothing { .. } => None,
-    };
+    fn of(decision: &Decision) -> Option<(&str, &str, &str)> {
+        match decision {
+            Decision::Move(one) => Some((&one.vm, &one.from, &one.to)),
+            Decision::Nothing { .. } => None,
+        }
+    }
     decisions.iter().filter_map(of).collect()
 }
 
