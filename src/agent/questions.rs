@@ -92,7 +92,7 @@ impl Answers for Questions {
 pub(super) async fn ask(peer: &str, dialer: &Dialer, request: &Request) -> Result<Reply, Failure> {
     let unreachable = |detail: String| {
         let next = "look at the link and at its agent";
-        Failure::failed(format!("{peer} could not be asked: {detail}"), "", next)
+        Failure::failed(detail, "", next)
     };
     let mut question = Vec::new();
     let written = write_line(&mut question, request).await;

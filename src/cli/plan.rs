@@ -183,7 +183,13 @@ fn evacuation_text(of: &EvacuationView) -> String {
     if *is_under_way {
         text += &format!("arrived: {}\n", list(&of.saved));
     }
-    for (seconds, weight) in &of.could_save {
+    let mut before = 0.0;
+    for (seconds, weight) in of.could_save.iter().filter(|(_, weight)| *weight > 0.0) {
+        // Only where there is more.
+        if *weight <= before {
+            continue;
+        }
+        before = *weight;
         let after = duration_text(u64::try_from(*seconds).unwrap_or(0) * 1000);
         text += &format!("could save by {after}: weight {weight}\n");
     }
@@ -192,6 +198,9 @@ fn evacuation_text(of: &EvacuationView) -> String {
 
 /// The forecasts that the plan rests on.
 fn explained(view: &PlanView) -> String {
+    if view.forecasts.is_empty() {
+        return "\nFORECASTS\n  no VM is known yet\n".to_owned();
+    }
     let mut table = Table::new(&["VM", ">SOON", ">+-", ">LATER", ">+-", "BY"]);
     for (vm, forecast) in &view.forecasts {
         let number = |value: f64| format!("{value:.2}");

@@ -7,6 +7,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+/// A sample so many seconds old (3,000 years) is none.
+const NEVER_S: i64 = 100_000_000_000;
+
 /// What should happen now. Moves are in the order in which they should start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
@@ -209,6 +212,9 @@ impl fmt::Display for Nothing {
         match self {
             Self::Stale { age_s } if *age_s < 0 => {
                 write!(f, "its last sample is from {} s in the future", -age_s)
+            }
+            Self::Stale { age_s } if *age_s > NEVER_S => {
+                write!(f, "nothing of it was sampled yet")
             }
             Self::Stale { age_s } => write!(f, "its last sample is {age_s} s old"),
             Self::Settling => write!(f, "a VM there has not been watched for long enough"),
