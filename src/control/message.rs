@@ -542,6 +542,12 @@ mod tests {
     fn the_language_keeps_its_spelling() {
         let requests = [
             (json!("status"), Request::Status),
+            (json!("plan"), Request::Plan),
+            (json!({"load": {"over_s": 60}}), Request::Load { over_s: 60 }),
+            (
+                json!({"drain": {"host": "lyon", "go": true}}),
+                Request::Drain(DrainRequest { host: "lyon".into(), go: true, undo: false }),
+            ),
             (json!({"watch": {"vm": "db1"}}), Request::Watch { vm: "db1".into() }),
             (json!({"vm-start": {"name": "db1"}}), Request::VmStart(VmSource::Name("db1".into()))),
             (

@@ -124,11 +124,16 @@ impl Scheduler {
             deadline_s: u64::try_from(wish.deadline.as_second() - now.as_second()).ok(),
         });
         let is_late = now >= wish.deadline;
+        // A host that is silent may still have VMs, and one whose move failed is tried again.
+        let silent = self.members(&wish.site).unwrap_or_default();
+        let silent = silent.iter().any(|host| round.trouble.contains_key(host));
+        let again = |vm: &String| is_put_off(&round.memory, vm, now.as_second());
+        let may_come = silent || wish.guests.iter().any(again);
         round.departure = Some(departure);
         match next {
             // One after the other: all at once save almost nothing before a tight deadline.
             Some(intent) if !is_moving && !is_late => self.order(desk, round, intent).await,
-            None if !is_moving || is_late => {
+            None if is_late || !(is_moving || may_come) => {
                 wish.is_over = true;
                 let saved = saved(&wish, round);
                 tracing::info!(site = wish.site, ?saved, promised = ?wish.promised, "evacuation over");
@@ -223,7 +228,7 @@ fn need(
             cpu: cores,
             dirty_mib_s: vec![(DIRTY_MIB_S.0 * cores + written) * ratio],
             dirty_high_mib_s: vec![(DIRTY_MIB_S.1 * cores + written) * ratio],
-            is_pinned: rules.pinned || is_given_up(&round.memory, &vm.name, now_s),
+            is_pinned: rules.pinned,
             under_way: order.and_then(|order| {
                 Some(UnderWay { path: 0, target: number(&order.to)?, sent_mib: sent })
             }),
@@ -231,7 +236,8 @@ fn need(
     };
     let guests = leaves.iter().flat_map(|(host, heard)| {
         let running = heard.load.vms.iter().filter(|vm| vm.runs);
-        running.map(|vm| guest(host, heard, vm)).collect::<Vec<_>>()
+        let offered = running.filter(|vm| failure(&round.memory, &vm.name, now_s).is_none());
+        offered.map(|vm| guest(host, heard, vm)).collect::<Vec<_>>()
     });
     // A VM that is on its way may be reported by both sides.
     let guests: BTreeMap<String, Guest> = guests.map(|guest| (guest.name.clone(), guest)).collect();
@@ -286,13 +292,23 @@ fn learned(memory: &Memory) -> Option<(f64, usize)> {
     (thought > 0.0).then_some((sent / thought, done.len()))
 }
 
-/// Whether its moves have failed too often, or just now.
-fn is_given_up(memory: &Memory, vm: &str, now_s: i64) -> bool {
-    let is_failure = |outcome: &OrderOutcome| matches!(outcome, OrderOutcome::Failed { .. });
+/// Whether its last move failed just now, and not too often.
+fn is_put_off(memory: &Memory, vm: &str, now_s: i64) -> bool {
+    let later = now_s.saturating_add(AGAIN_S);
+    failure(memory, vm, now_s).is_some() && failure(memory, vm, later).is_none()
+}
+
+/// Why a VM is not offered now: its moves have failed too often, or just now.
+fn failure<'a>(memory: &'a Memory, vm: &str, now_s: i64) -> Option<&'a str> {
     let of_it = memory.orders.iter().rev().filter(|order| order.vm == vm);
-    let failed: Vec<_> = of_it.take_while(|order| is_failure(&order.outcome)).collect();
-    let is_fresh = |at: &Timestamp| now_s.saturating_sub(at.as_second()) < AGAIN_S;
-    failed.len() >= TRIES_MAX || failed.first().is_some_and(|order| is_fresh(&order.at))
+    let failed = of_it.map_while(|order| match &order.outcome {
+        OrderOutcome::Failed { what } => Some((order.at, what)),
+        _ => None,
+    });
+    let failed: Vec<_> = failed.take(TRIES_MAX).collect();
+    let (at, what) = failed.first()?;
+    let is_fresh = now_s.saturating_sub(at.as_second()) < AGAIN_S;
+    (failed.len() == TRIES_MAX || is_fresh).then_some(what)
 }
 
 /// Those that have left and run at the other site.
@@ -313,17 +329,81 @@ fn view(wish: &Wish, departure: &Departure, round: &Round, is_under_way: bool) -
             "the last {moves} moves sent {percent:.0} % of what VMs hold, which is counted with"
         )
     });
+    let failed = wish.guests.iter().filter_map(|vm| {
+        let what = failure(&round.memory, vm, departure.now_s)?;
+        Some(format!("leave {vm} where it is for now: its last move failed: {what}"))
+    });
     let from = departure.now_s;
     EvacuationView {
         site: wish.site.clone(),
         to: wish.to.clone(),
         deadline: wish.deadline,
         is_under_way,
-        lines: goes.chain(stays).chain(said).collect(),
+        lines: goes.chain(stays).chain(failed).chain(said).collect(),
         promised: if is_under_way || wish.is_over { &wish.promised } else { &departure.promised }
             .clone(),
         left_behind: departure.stays.iter().map(|stays| stays.vm.clone()).collect(),
         saved: saved(wish, round),
         could_save: departure.curve.iter().map(|by| (by.at_s - from, by.weight)).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::scheduling::store::Order;
+
+    fn order(vm: &str, at_s: i64, outcome: OrderOutcome) -> Order {
+        Order {
+            vm: vm.into(),
+            from: "paris".into(),
+            to: "nice".into(),
+            at: Timestamp::from_second(at_s).unwrap(),
+            because: String::new(),
+            mib: 100,
+            whole_mib: 100,
+            seconds: 1.0,
+            job: Some(1),
+            outcome,
+        }
+    }
+
+    fn failed() -> OrderOutcome {
+        OrderOutcome::Failed { what: "no room".into() }
+    }
+
+    fn done(wire_mib: u64) -> OrderOutcome {
+        OrderOutcome::Done { wire_mib, took_s: 1.0, downtime_ms: 100.0 }
+    }
+
+    #[test]
+    fn a_move_that_failed_is_tried_again_a_few_times() {
+        let mut memory = Memory::default();
+        let asked = |memory: &Memory, now_s| {
+            (failure(memory, "db1", now_s).is_some(), is_put_off(memory, "db1", now_s))
+        };
+        assert_eq!(asked(&memory, 1000), (false, false));
+        memory.note_order(order("db1", 1000, failed()));
+        memory.note_order(order("web", 1000, done(1)));
+        assert_eq!(asked(&memory, 1001), (true, true));
+        assert_eq!(asked(&memory, 1000 + AGAIN_S), (false, false));
+        memory.note_order(order("db1", 1100, failed()));
+        memory.note_order(order("db1", 1200, failed()));
+        assert_eq!(failure(&memory, "db1", 9000), Some("no room"));
+        assert!(!is_put_off(&memory, "db1", 1201), "it is given up");
+        memory.note_order(order("db1", 1300, done(1)));
+        assert_eq!(asked(&memory, 1300), (false, false));
+    }
+
+    #[test]
+    fn predictions_follow_what_moves_sent() {
+        let mut memory = Memory::default();
+        for sent in [20, 30] {
+            memory.note_order(order("db1", 1000, done(sent)));
+        }
+        assert_eq!(learned(&memory), None, "two moves say nothing");
+        memory.note_order(order("db1", 1000, failed()));
+        memory.note_order(order("db1", 1000, done(40)));
+        assert_eq!(learned(&memory), Some((0.3, 3)));
     }
 }

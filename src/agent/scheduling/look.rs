@@ -115,7 +115,6 @@ impl Round {
                 self.memory.observe_vm(&vm.name, host, now_s, vm.cpu);
             }
         }
-        self.sampled = Some(Instant::now());
     }
 
     /// Looks how the orders under way have gone.

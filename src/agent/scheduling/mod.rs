@@ -56,7 +56,7 @@ pub(super) struct Scheduler {
     caps: Arc<Caps>,
     store: Box<dyn Store>,
     records: Records,
-    desk: Mutex<Round>,
+    round: Mutex<Round>,
     /// Somebody wants a look now.
     wake: Notify,
 }
@@ -75,7 +75,6 @@ struct Round {
     /// Why there is no plan.
     without: Option<String>,
     looked: Option<Instant>,
-    sampled: Option<Instant>,
 }
 
 impl Scheduler {
@@ -109,7 +108,7 @@ impl Scheduler {
             caps,
             store,
             records: Records::new(config.state_dir.join(PLANS_FILE)),
-            desk: Mutex::new(Round { memory, ..Round::default() }),
+            round: Mutex::new(Round { memory, ..Round::default() }),
             wake: Notify::new(),
         })))
     }
@@ -121,7 +120,7 @@ impl Scheduler {
         let mut next = Instant::now() + interval;
         loop {
             let is_busy = {
-                let round = self.desk.lock().await;
+                let round = self.round.lock().await;
                 let memory = &round.memory;
                 memory.evacuation.as_ref().is_some_and(|wish| !wish.is_over)
                     || !memory.maintenance.is_empty()
@@ -145,7 +144,7 @@ impl Scheduler {
     /// balance.
     async fn turn(&self, desk: &Desk, is_due: bool) {
         let reports = self.ask_all(desk).await;
-        let mut round = self.desk.lock().await;
+        let mut round = self.round.lock().await;
         let now = Timestamp::now();
         round.hear(reports, now.as_second());
         if is_due {
@@ -216,13 +215,13 @@ impl Scheduler {
 
     /// The round, with what hosts report now.
     async fn fresh(&self, desk: &Desk) -> tokio::sync::MutexGuard<'_, Round> {
-        let round = self.desk.lock().await;
+        let round = self.round.lock().await;
         if round.looked.is_some_and(|at| at.elapsed() < FRESH) {
             return round;
         }
         drop(round);
         let reports = self.ask_all(desk).await;
-        let mut round = self.desk.lock().await;
+        let mut round = self.round.lock().await;
         let now = Timestamp::now();
         round.hear(reports, now.as_second());
         round.settle(now);
