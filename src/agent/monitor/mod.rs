@@ -154,7 +154,8 @@ impl Monitor {
             }
             resident_mib += trail.samples.back().map_or(0, |(_, last)| last.process.resident_mib);
         }
-        let of_vms = |of: fn(&VmMeans) -> f64| means.vms.values().map(of).sum::<f64>();
+        // Not `sum`, which begins at -0.0.
+        let of_vms = |of: fn(&VmMeans) -> f64| means.vms.values().map(of).fold(0.0, |a, b| a + b);
         if let Some((first, last, passed_s)) = ends(&seen.host, over) {
             let busy = ((last.busy_s - first.busy_s) / passed_s).max(0.0);
             means.cpu = match self.cores {
