@@ -88,6 +88,46 @@ impl Agent {
     }
 }
 
+impl Agent {
+    /// Ends it as a crash would, without a word. VMs run on.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("while killing an agent")?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Starts it again, on what it left.
+    pub(crate) fn restart(&mut self, wan: &Wan, program: &Path) -> Result<()> {
+        self.child = spawn(wan, program, self.place.side, &self.folder)?;
+        wait_answer(program, &self.folder, &mut self.child)
+    }
+
+    /// Starts the VM of this description; `file` is what the description is called in its folder.
+    pub(crate) fn start_vm(&self, program: &Path, description: &Value, file: &str) -> Result<()> {
+        let file = self.folder.join(file);
+        std::fs::write(&file, toml::to_string(description)?)
+            .with_context(|| format!("while writing {}", file.display()))?;
+        let file = file.to_str().context("the scratch folder's name is not UTF-8")?;
+        ask(program, &self.folder, &["vm", "start", file]).map(|_| ())
+    }
+}
+
+/// Has each agent trust every other, under the name that it has.
+pub(crate) fn pair_all(program: &Path, agents: &[Agent]) -> Result<()> {
+    for other in agents {
+        let Place { name, .. } = &other.place;
+        let identity = ask(program, &other.folder, &["pair"])?;
+        let fingerprint = find(&identity, "fingerprint").and_then(Value::as_str);
+        let fingerprint = fingerprint
+            .with_context(|| format!("the agent {name} shows no fingerprint: {identity}"))?;
+        for agent in agents.iter().filter(|agent| agent.place != other.place) {
+            let address = other.place.address();
+            ask(program, &agent.folder, &["pair", name, &address, fingerprint])?;
+        }
+    }
+    Ok(())
+}
+
 impl Drop for Agent {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(Some(_))) {
@@ -174,7 +214,7 @@ fn configure(
         .with_context(|| format!("while writing {}", file.display()))
 }
 
-pub(crate) fn spawn(wan: &Wan, program: &Path, side: Side, folder: &Path) -> Result<Child> {
+fn spawn(wan: &Wan, program: &Path, side: Side, folder: &Path) -> Result<Child> {
     let log = std::fs::File::options()
         .create(true)
         .append(true)
@@ -192,7 +232,7 @@ pub(crate) fn spawn(wan: &Wan, program: &Path, side: Side, folder: &Path) -> Res
         .with_context(|| format!("while starting {}", program.display()))
 }
 
-pub(crate) fn wait_answer(program: &Path, folder: &Path, child: &mut Child) -> Result<()> {
+fn wait_answer(program: &Path, folder: &Path, child: &mut Child) -> Result<()> {
     let deadline = Instant::now() + AGENT_WAIT;
     loop {
         match status(program, folder) {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::agent::{self, Agent, POLL_PERIOD, Place, ask, find, images, longhaul_binary, status};
+use crate::agent::{self, Agent, POLL_PERIOD, Place, ask, images, longhaul_binary, status};
 use crate::guest::Guest;
 use crate::host::{PORT, description};
 use crate::netns::Side;
@@ -78,23 +78,8 @@ impl Fleet {
                 more,
             )?);
         }
-        let fleet = Self { program, agents, killed: BTreeSet::new() };
-        fleet.pair_all()?;
-        Ok(fleet)
-    }
-
-    fn pair_all(&self) -> Result<()> {
-        for other in &self.agents {
-            let identity = self.ask(&other.place.name, &["pair"])?;
-            let fingerprint = find(&identity, "fingerprint").and_then(Value::as_str);
-            let fingerprint = fingerprint.context("an agent shows no fingerprint")?;
-            let own = |agent: &&Agent| agent.place != other.place;
-            for agent in self.agents.iter().filter(own) {
-                let (name, address) = (&other.place.name, other.place.address());
-                self.ask(&agent.place.name, &["pair", name, &address, fingerprint])?;
-            }
-        }
-        Ok(())
+        agent::pair_all(&program, &agents)?;
+        Ok(Self { program, agents, killed: BTreeSet::new() })
     }
 
     /// Starts a guest of this name at a host, on a disk of its own.
@@ -103,17 +88,13 @@ impl Fleet {
     ///
     /// The agent's own words.
     pub fn start_vm(&self, host: &str, vm: &str, guest: &Guest) -> Result<()> {
-        let folder = &self.agent(host)?.folder;
-        let disk = guest.copy_disk(&images(folder))?;
+        let agent = self.agent(host)?;
+        let disk = guest.copy_disk(&images(&agent.folder))?;
         let named = disk.with_file_name(format!("{vm}.{}", guest.machine.format.name()));
         std::fs::rename(&disk, &named)?;
         let mut description = description(guest, &named)?;
         description["name"] = vm.into();
-        let file = folder.join(format!("{vm}.toml"));
-        std::fs::write(&file, toml::to_string(&description)?)
-            .with_context(|| format!("while writing {}", file.display()))?;
-        let file = file.to_str().context("the scratch folder's name is not UTF-8")?;
-        self.ask(host, &["vm", "start", file]).map(|_| ())
+        agent.start_vm(&self.program, &description, &format!("{vm}.toml"))
     }
 
     /// Runs a command against one agent with `--json` and gives its last line.
@@ -177,8 +158,7 @@ impl Fleet {
     pub fn kill(&mut self, host: &str) -> Result<()> {
         let agent = self.agents.iter_mut().find(|agent| agent.place.name == host);
         let agent = agent.context("no such host")?;
-        agent.child.kill().context("while killing an agent")?;
-        agent.child.wait()?;
+        agent.kill()?;
         self.killed.insert(host.to_owned());
         Ok(())
     }
@@ -189,12 +169,10 @@ impl Fleet {
     ///
     /// When it does not start or answer.
     pub fn restart(&mut self, wan: &Wan, host: &str) -> Result<()> {
-        let program = self.program.clone();
         let agent = self.agents.iter_mut().find(|agent| agent.place.name == host);
         let agent = agent.context("no such host")?;
         self.killed.remove(host);
-        agent.child = agent::spawn(wan, &program, agent.place.side, &agent.folder)?;
-        agent::wait_answer(&program, &agent.folder, &mut agent.child)
+        agent.restart(wan, &self.program)
     }
 
     /// What an agent has logged.

@@ -11,9 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 pub use crate::agent::longhaul_binary;
-use crate::agent::{
-    self, Agent, POINTS, POLL_PERIOD, Place, ask, config, find, images, spawn, status, wait_answer,
-};
+use crate::agent::{self, Agent, POINTS, POLL_PERIOD, Place, ask, config, find, images, status};
 use crate::guest::Guest;
 use crate::netns::Side;
 use crate::rival;
@@ -57,18 +55,8 @@ impl AgentPair {
             agent::start(wan, &program, place, folder, (qemu, accel), |_| {})
         };
         let agents = [start(Side::A)?, start(Side::B)?];
-        let pair = Self { program, agents };
-        for side in Side::BOTH {
-            let peer = side.other();
-            let identity = pair.ask(peer, &["pair"])?;
-            let fingerprint =
-                find(&identity, "fingerprint").and_then(Value::as_str).with_context(|| {
-                    format!("the agent {} shows no fingerprint: {identity}", peer.letter())
-                })?;
-            let address = pair.agents[peer as usize].place.address();
-            pair.ask(side, &["pair", peer.letter(), &address, fingerprint])?;
-        }
-        Ok(pair)
+        agent::pair_all(&program, &agents)?;
+        Ok(Self { program, agents })
     }
 
     /// The product's binary that these agents run.
@@ -101,11 +89,7 @@ impl AgentPair {
     ///
     /// The agent's own words.
     pub fn start_described(&self, description: &Value) -> Result<()> {
-        let file = self.folder(Side::A).join("vm.toml");
-        std::fs::write(&file, toml::to_string(description)?)
-            .with_context(|| format!("while writing {}", file.display()))?;
-        let file = file.to_str().context("the scratch folder's name is not UTF-8")?;
-        self.ask(Side::A, &["vm", "start", file]).map(|_| ())
+        self.agents[Side::A as usize].start_vm(&self.program, description, "vm.toml")
     }
 
     /// Sends the disk ahead and waits until it is there.
@@ -209,10 +193,7 @@ impl AgentPair {
     ///
     /// When it was gone before.
     pub fn kill(&mut self, side: Side) -> Result<()> {
-        let agent = &mut self.agents[side as usize];
-        agent.child.kill().context("while killing an agent")?;
-        agent.child.wait()?;
-        Ok(())
+        self.agents[side as usize].kill()
     }
 
     /// Waits until an agent has ended by itself, or by somebody else's hand.
@@ -235,9 +216,7 @@ impl AgentPair {
     ///
     /// As [`start`](Self::start).
     pub fn restart(&mut self, wan: &Wan, side: Side) -> Result<()> {
-        let agent = &mut self.agents[side as usize];
-        agent.child = spawn(wan, &self.program, side, &agent.folder)?;
-        wait_answer(&self.program, &agent.folder, &mut agent.child)
+        self.agents[side as usize].restart(wan, &self.program)
     }
 
     /// Runs a command against one agent with `--json` and gives its last line.

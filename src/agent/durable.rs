@@ -7,6 +7,18 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+/// The content of `path`; nothing if there is no such file.
+///
+/// # Errors
+/// Whatever else the system said.
+pub(crate) fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Replaces `path` with `content`, readable by its owner only.
 ///
 /// # Errors
@@ -59,11 +71,12 @@ mod tests {
         write(&path, b"old, and longer").unwrap();
         std::fs::write(dir.path().join("peers.toml.new"), "left by a crash").unwrap();
         write(&path, b"new").unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        assert_eq!(read(&path).unwrap().unwrap(), b"new");
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
         remove(&path).unwrap();
         remove(&path).unwrap();
+        assert_eq!(read(&path).unwrap(), None);
         assert!(!path.exists());
     }
 }

@@ -94,10 +94,9 @@ impl Waiting {
     /// # Errors
     /// The file cannot be read or makes no sense.
     pub(super) fn open(file: PathBuf, zone: TimeZone) -> io::Result<Self> {
-        let waits: BTreeMap<String, Wait> = match std::fs::read(&file) {
-            Ok(document) => serde_json::from_slice(&document)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
-            Err(error) => return Err(error),
+        let waits: BTreeMap<String, Wait> = match durable::read(&file)? {
+            Some(document) => serde_json::from_slice(&document)?,
+            None => BTreeMap::new(),
         };
         let entry = |wait| Entry { wait, job: None, paused: false, not_before: None };
         let entries = waits.into_iter().map(|(vm, wait)| (vm, entry(wait))).collect();

@@ -12,6 +12,8 @@ use longhaul_scheduler::forecast::{Forecaster, forecast_all};
 use longhaul_scheduler::plan;
 use longhaul_scheduler::policy::{Goal, Policy};
 use longhaul_scheduler::state::{Host, State, Vm};
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 
 use crate::row::{self, Made, Revision};
@@ -72,12 +74,8 @@ pub struct LightRow {
 ///
 /// When the median is above 100 ms or the process takes more than 50 MiB; the row is written all the same.
 pub fn light(wish: &LightPlan) -> Result<()> {
-    let mut lot = wish.seed;
-    let mut draw = move || {
-        // Knuth's MMIX generator; its high bits.
-        lot = lot.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (lot >> 11) as f64 / (1_u64 << 53) as f64
-    };
+    let mut lots = Xoshiro256PlusPlus::seed_from_u64(wish.seed);
+    let mut draw = move || lots.random::<f64>();
     let mut forecasters = vec![Forecaster::default(); wish.vms];
     let levels: Vec<f64> = (0..wish.vms).map(|vm| level(vm % wish.hosts, &mut draw)).collect();
     let started = Instant::now();

@@ -124,7 +124,8 @@ impl Monitor {
         if let Some(host) = host {
             push(&mut seen.host, (at, host));
         }
-        seen.vms.retain(|vm, trail| vms.iter().any(|(one, pid, _)| one == vm && *pid == trail.pid));
+        let pids: BTreeMap<&str, i32> = vms.iter().map(|(vm, pid, _)| (&**vm, *pid)).collect();
+        seen.vms.retain(|vm, trail| pids.get(&**vm) == Some(&trail.pid));
         for (vm, pid, counters) in vms {
             let fresh = || Trail { pid, samples: VecDeque::new() };
             push(&mut seen.vms.entry(vm).or_insert_with(fresh).samples, (at, counters));

@@ -36,11 +36,7 @@ pub(super) struct FileStore(pub(super) PathBuf);
 
 impl Store for FileStore {
     fn load(&self) -> io::Result<Option<Vec<u8>>> {
-        match std::fs::read(&self.0) {
-            Ok(document) => Ok(Some(document)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        durable::read(&self.0)
     }
 
     fn save(&self, document: &[u8]) -> io::Result<()> {
@@ -153,9 +149,8 @@ impl Memory {
         known.seen_s = now_s;
         if known.host != host {
             let from = std::mem::replace(&mut known.host, host.to_owned());
-            let is_ours = self.moved.iter().rev().take_while(|past| past.at_s > now_s - FORGET_S);
-            let mut is_ours = is_ours.filter(|past| past.vm == vm).take(1);
-            if !is_ours.any(|past| past.from == from && past.to == host) {
+            let last = self.moved.iter().rev().find(|past| past.vm == vm);
+            if !last.is_some_and(|past| past.from == from && past.to == host) {
                 tracing::info!(vm, from, to = host, "a VM was moved by somebody else");
                 self.note_move(PastMove { vm: vm.into(), from, to: host.into(), at_s: now_s });
             }
