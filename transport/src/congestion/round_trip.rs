@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use super::bbr::{Bbr, State};
 
-/// A round trip this old is measured anew: routes change. Looking costs some two round trips, so on a
-/// long path it is done no more often than every so many of them (the draft does it every five seconds
-/// on any path, a quarter of the time where a round trip takes 600 ms).
+/// A round trip this old is measured anew: routes change. Looking costs two to three round trips, so on
+/// a long path it is done no more often than every so many of them. The draft does it every five seconds
+/// on any path, which is every 60 where a round trip takes 80 ms, and every 8 where it takes 600.
 const PROBE_RTT_INTERVAL: Duration = Duration::from_secs(5);
-const PROBE_RTT_ROUNDS: u32 = 30;
+const PROBE_RTT_ROUNDS: u32 = 60;
 const PROBE_RTT_WINDOW_GAIN: f64 = 0.5;
 const PROBE_RTT_TIME: Duration = Duration::from_millis(200);
 /// Newest round trips of which the shortest counts (as in HyStart++, RFC 9406).
