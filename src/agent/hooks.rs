@@ -188,15 +188,18 @@ async fn end_group(child: &mut Child) {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
 
     use super::*;
 
     fn hooks(dir: &Path, script: &str, timeout: Duration) -> Hooks {
         let path = dir.join("hook");
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        // Written by a process of its own: while this one has it open, another test's child could inherit
+        // that, and a file that is open for writing cannot be run.
+        let write = "printf '#!/bin/sh\\n%s\\n' \"$1\" > \"$0\" && chmod 755 \"$0\"";
+        let mut shell = std::process::Command::new("sh");
+        let written = shell.args(["-c", write]).arg(&path).arg(script).status();
+        assert!(written.unwrap().success());
         Hooks::new(HookConfig {
             before_switchover: Some(path),
             after_switchover: None,
