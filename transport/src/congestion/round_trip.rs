@@ -7,10 +7,13 @@ use std::time::{Duration, Instant};
 
 use super::bbr::{Bbr, State};
 
-/// A round trip this old is measured anew: routes change. Looking costs two to three round trips, so on
-/// a long path it is done no more often than every so many of them. The draft does it every five seconds
-/// on any path, which is every 60 where a round trip takes 80 ms, and every 8 where it takes 600.
+/// A round trip this old is measured anew: routes change, and who comes to a path that is queued takes
+/// the queue for a part of it.
 const PROBE_RTT_INTERVAL: Duration = Duration::from_secs(5);
+/// Looking costs two to three round trips. The draft does it every five seconds on any path, which is
+/// every eighth round trip where one takes 600 ms: beyond this length, which a queue rarely has, so many
+/// times the rest is added.
+const LONG_PATH: Duration = Duration::from_millis(200);
 const PROBE_RTT_ROUNDS: u32 = 60;
 const PROBE_RTT_WINDOW_GAIN: f64 = 0.5;
 const PROBE_RTT_TIME: Duration = Duration::from_millis(200);
@@ -48,7 +51,8 @@ impl Bbr {
     pub(super) fn check_probe_rtt(&mut self, now: Instant, rtt: Option<Duration>, in_flight: u64) {
         let State::ProbeRtt { done, round_done, lowest } = self.state else {
             // In the background no queue stands that would hide the path, unless it is another's.
-            let interval = PROBE_RTT_INTERVAL.max(PROBE_RTT_ROUNDS * self.min_rtt());
+            let beyond = self.min_rtt().saturating_sub(LONG_PATH);
+            let interval = PROBE_RTT_INTERVAL + PROBE_RTT_ROUNDS * beyond;
             let old = now.saturating_duration_since(self.min_rtt_at) > interval;
             if old && !self.background.is_on() {
                 self.prior_window = self.window();
