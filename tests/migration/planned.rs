@@ -90,14 +90,19 @@ impl Region {
 
     /// Asks for the plan until it is like that.
     fn until(&self, what: &str, is_it: impl Fn(&Value) -> bool) -> Value {
+        self.ask_until(&["plan"], what, is_it)
+    }
+
+    /// Asks the planner until what it says is like that.
+    fn ask_until(&self, ask: &[&str], what: &str, is_it: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let plan = self.plan();
-            if is_it(&plan) {
-                return plan;
+            let said = self.fleet.ask("paris", ask).unwrap();
+            if is_it(&said) {
+                return said;
             }
             let log = self.fleet.log("paris");
-            assert!(Instant::now() < deadline, "{what} does not come: {plan:#}\n{log}");
+            assert!(Instant::now() < deadline, "{what} does not come: {said:#}\n{log}");
             std::thread::sleep(LOOK_PERIOD);
         }
     }
@@ -268,15 +273,10 @@ fn an_evacuation_saves_whom_it_promised() {
     // What they ask for while they start is thought to be what they change, and who still starts is not
     // promised before one that is at rest.
     let wanted = ["v1", "v2", "v3", "v4"];
-    let deadline = Instant::now() + PATIENCE;
-    let shown = loop {
-        let shown = region.fleet.ask("paris", &wish).unwrap()["evacuation"].clone();
-        if names(&shown["promised"]) == wanted {
-            break shown;
-        }
-        assert!(Instant::now() < deadline, "{shown:#}");
-        std::thread::sleep(LOOK_PERIOD);
-    };
+    let shown = region.ask_until(&wish, "a promise to four", |said| {
+        names(&said["evacuation"]["promised"]) == wanted
+    });
+    let shown = &shown["evacuation"];
     assert!(names(&shown["left_behind"]).contains(&"v6"), "{shown:#}");
     assert_eq!(region.plan()["evacuation"], Value::Null, "a plan changes nothing");
 
