@@ -157,6 +157,26 @@ impl Bbr {
         self.raise_slope();
     }
 
+    /// Whether the last acknowledgements of a probe that has ended tell that there is room: it has ended
+    /// before they could, and the next would come to where this one is only after a whole wait.
+    fn was_too_short(&self) -> bool {
+        matches!(self.cycle.phase, Phase::Down | Phase::Cruise)
+            && !self.cycle.was_too_much
+            && self.has_gained_all()
+            && !self.is_queued(MIN_RTT_SHARE)
+    }
+
+    /// Goes on with the probe that has just ended.
+    fn go_on_up(&mut self, now: Instant) {
+        self.cycle.since = now;
+        self.cycle.phase = Phase::Up;
+        self.cycle.samples = true;
+        self.go_on_gaining();
+        self.start_round();
+        self.reset_full_pipe();
+        self.raise_slope();
+    }
+
     /// Takes the cycle on, with what an acknowledgement has shown.
     pub(super) fn probe_bandwidth(
         &mut self,
@@ -165,13 +185,13 @@ impl Bbr {
         in_flight: u64,
         acked: u64,
     ) {
-        self.adapt_long(sample, acked);
+        self.adapt_long(now, sample, acked);
         match self.cycle.phase {
             Phase::Down => {
                 let bound = self.flight_with_headroom().unwrap_or(u64::MAX);
                 if self.is_time_to_probe(now) {
                     self.start_refill();
-                } else if (in_flight <= bound && in_flight <= self.bdp(1.0)) || self.is_holding_on()
+                } else if (in_flight <= bound && in_flight <= self.bdp(1.0)) || self.is_down_over()
                 {
                     self.start_cruise();
                 }
@@ -208,10 +228,13 @@ impl Bbr {
         }
     }
 
-    fn adapt_long(&mut self, sample: &Sample, acked: u64) {
+    fn adapt_long(&mut self, now: Instant, sample: &Sample, acked: u64) {
         if self.round_start && std::mem::take(&mut self.cycle.ends_probe) && !sample.app_limited {
             self.end_gaining(self.newest_max_rate());
             self.next_rate_cycle();
+            if self.was_too_short() {
+                self.go_on_up(now);
+            }
         }
         let flight = sample.flight;
         let Some(long) = self.flight_long else { return };

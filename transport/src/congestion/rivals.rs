@@ -48,12 +48,17 @@ const HOLD_RATE_PERCENT: u64 = 85;
 const HOLD_FLIGHT_PERCENT: u64 = 170;
 /// Rounds from one probe to the next while holding, and the growth a round for which a probe goes on.
 const HOLD_ROUNDS: u64 = 8;
-/// Rounds after a probe for which it sends less, while holding.
+/// Rounds after a probe for which it sends less, while holding and in other times: twice as many as the
+/// queue of a probe needs to go. Sending less for as long as something stands took what jitter adds to a
+/// round trip for a queue, and a fifth of a short path.
 const HOLD_DOWN_ROUNDS: u64 = 2;
+const DOWN_ROUNDS: u64 = 8;
 const HOLD_GROWTH: f64 = 1.06;
 /// The same in other times, and what one probe must gain for the next to go on: where there is room,
 /// or where its session has less than half of the path, a probe by a quarter gains that much.
 const LONGER_GROWTH: f64 = 1.12;
+/// What a probe by a quarter gains where nobody else wants that much.
+const ALL_GROWTH: f64 = 1.2;
 /// What a probe has gained before it grows as a start does, and where the path must have become another.
 const ROOM_GROWTH: f64 = 1.45;
 const ANOTHER_PATH_GROWTH: f64 = 1.8;
@@ -72,6 +77,8 @@ pub(super) struct Rivals {
     /// The last probe gained so much that the session has less than half of the path, or there is room:
     /// the next may go on for as long as it gains.
     longer: bool,
+    /// It gained all that it tried.
+    gained_all: bool,
     /// Which share of the path the session has, as far as the last probe tells.
     share: f64,
 }
@@ -96,9 +103,11 @@ impl Bbr {
         self.rivals.holds && self.cycle.rounds >= HOLD_ROUNDS
     }
 
-    /// Whether a probe has had the time for its queue to go: what still stands is the rival's.
-    pub(super) fn is_holding_on(&self) -> bool {
-        self.rivals.holds && self.cycle.rounds >= HOLD_DOWN_ROUNDS
+    /// Whether a probe has had the time for its queue to go: what still stands is another's, or
+    /// no queue at all.
+    pub(super) fn is_down_over(&self) -> bool {
+        let rounds = if self.rivals.holds { HOLD_DOWN_ROUNDS } else { DOWN_ROUNDS };
+        self.cycle.rounds >= rounds
     }
 
     /// A probe begins.
@@ -116,7 +125,18 @@ impl Bbr {
             (Phase::Up.pacing_gain(), most as f64 / self.rivals.before.max(1) as f64);
         self.rivals.share = ((tried / grown - 1.0) / (tried - 1.0)).clamp(0.0, 1.0);
         self.rivals.longer = grown >= LONGER_GROWTH;
+        self.rivals.gained_all = grown >= ALL_GROWTH;
         self.rise_in_the_background(self.rivals.before, most);
+    }
+
+    /// Whether the last probe has brought all that it tried: nobody else wants that much.
+    pub(super) fn has_gained_all(&self) -> bool {
+        self.rivals.gained_all
+    }
+
+    /// A probe goes on after its end: what it gains counts from its beginning.
+    pub(super) fn go_on_gaining(&mut self) {
+        self.rivals.gains = true;
     }
 
     /// Whether a probe that has filled what it may gains by going on.
