@@ -26,6 +26,7 @@ pub mod run;
 pub mod simulate;
 pub mod speed;
 pub mod transfer;
+mod trouble;
 mod tun;
 pub mod wan;
 mod warm;

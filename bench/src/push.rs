@@ -11,12 +11,14 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::agent;
 use crate::guest;
 use crate::host::{AgentPair, POOL};
 use crate::interrupt;
 use crate::netns::Side;
 use crate::profile::Profile;
 use crate::row::{self, Made, Revision};
+use crate::trouble::{Cut, Trouble, beset};
 use crate::wan::{self, Spec, Wan};
 
 /// What to send.
@@ -31,7 +33,17 @@ pub struct Plan {
     /// Push each under a name of its own instead of in place of the one before.
     #[arg(long)]
     beside: bool,
-    /// Decides the WAN's losses.
+    /// Do all of that so many times, each with agents and a WAN of its own.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: u32,
+    /// During each push, cut the WAN once so many MiB have crossed it: MIB:SECONDS; may be repeated.
+    #[arg(long = "cut", value_name = "MIB:SECONDS")]
+    cuts: Vec<Cut>,
+    /// During each push, kill the target's agent once so many MiB have crossed the WAN, and start it
+    /// again at once; may be repeated.
+    #[arg(long = "kill", value_name = "MIB")]
+    kills: Vec<u64>,
+    /// Decides the WAN's losses; each run has the next.
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Where copies of the images lie while it runs; the system's own if absent.
@@ -58,13 +70,23 @@ pub struct Row {
     pub step: usize,
     /// Whether it has a name of its own there.
     pub beside: bool,
+    /// What was done to it on purpose, in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub troubles: Vec<Trouble>,
     /// SHA-256 of the image, as its build printed it; empty if it did not.
     pub image_sha256: String,
     /// From the command to the image having its name, in seconds.
     pub total_s: f64,
     /// IP bytes on the WAN in both directions.
     pub wire_bytes: u64,
-    /// Seconds of processor time of the agents, source and target.
+    /// The same from source to target, and back; rows before this was counted have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wire_bytes_each: Option<[u64; 2]>,
+    /// Those of them that the WAN dropped, in cuts too; rows before this was counted have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dropped_bytes: Option<u64>,
+    /// Seconds of processor time of the agents, source and target; of one that was killed, in its last
+    /// life.
     pub cpu_s: [f64; 2],
     /// The most memory that each agent has had in its life, in bytes.
     pub peak_rss_bytes: [u64; 2],
@@ -83,6 +105,18 @@ pub fn run(plan: &Plan, profile: &Profile) -> Result<()> {
         let _ = wan::down(&format!("push-{}", std::process::id()));
     })?;
     let revision = Revision::current()?;
+    (0..plan.runs).try_for_each(|run| {
+        one_run(
+            &Plan { seed: plan.seed + u64::from(run), ..plan.clone() },
+            profile,
+            &revision,
+            &name,
+        )
+    })
+}
+
+/// Pushes all images once.
+fn one_run(plan: &Plan, profile: &Profile, revision: &Revision, name: &str) -> Result<()> {
     let mut builder = tempfile::Builder::new();
     builder.prefix("lhp-");
     let scratch = match &plan.scratch {
@@ -94,12 +128,13 @@ pub fn run(plan: &Plan, profile: &Profile) -> Result<()> {
         std::fs::create_dir(folder)?;
     }
     let qemu = guest::folder_of("setup/qemu", &["10.0"])?;
-    let spec = Spec { name, profile: profile.clone(), seed: plan.seed, stats_file: None };
+    let spec =
+        Spec { name: name.to_owned(), profile: profile.clone(), seed: plan.seed, stats_file: None };
     let wan = Wan::up(&wan::lab_binary()?, spec)?;
-    let pair = AgentPair::start(&wan, &folders, [&qemu, &qemu], "tcg")?;
+    let mut pair = AgentPair::start(&wan, &folders, [&qemu, &qemu], "tcg")?;
     for (at, image) in plan.images.iter().enumerate() {
         interrupt::check()?;
-        let row = interrupt::or_came(one(plan, profile, &revision, &wan, &pair, at, image))
+        let row = interrupt::or_came(one(plan, profile, revision, &wan, &mut pair, at, image))
             .with_context(|| format!("while pushing {}", image.display()))?;
         eprintln!(
             "push {}: {:.1} s, {:.2} MiB on the wire, CPU {:.1} + {:.1} s",
@@ -119,7 +154,7 @@ fn one(
     profile: &Profile,
     revision: &Revision,
     wan: &Wan,
-    pair: &AgentPair,
+    pair: &mut AgentPair,
     at: usize,
     image: &Path,
 ) -> Result<Row> {
@@ -139,15 +174,23 @@ fn one(
             .status()?;
         ensure!(copied.success(), "the image cannot be copied");
     }
-    let pids = Side::BOTH.map(|side| pair.pid(side));
-    let (wire_before, cpu) = (wan.stats()?.wire_bytes(), pids.map(cpu_s));
+    let lives = |pair: &AgentPair| Side::BOTH.map(|side| pair.pid(side));
+    let (before, pids) = (wan.stats()?, lives(pair));
+    let cpu = pids.map(cpu_s);
     let started = Instant::now();
     let source = own.to_str().context("the scratch folder's name is not UTF-8")?;
     let to = format!("{}:{POOL}/{file}", Side::B.letter());
-    let answer = pair.ask(Side::A, &["push", source, &to, "--replace"])?;
+    let troubles = Trouble::in_order(&plan.cuts, &plan.kills);
+    let (program, folder) = (pair.program().to_owned(), pair.folder(Side::A).to_owned());
+    let push = || agent::ask(&program, &folder, &["push", source, &to, "--replace"]);
+    let answer = beset(&troubles, wan, pair, push)?;
     let total_s = started.elapsed().as_secs_f64();
-    let wire_bytes = wan.stats()?.wire_bytes() - wire_before;
-    let cpu = [0, 1].map(|side| cpu_s(pids[side]) - cpu[side]);
+    let after = wan.stats()?;
+    let now = lives(pair);
+    let cpu = [0, 1].map(|side| match now[side] == pids[side] {
+        true => cpu_s(now[side]) - cpu[side],
+        false => cpu_s(now[side]),
+    });
     let arrived = pair.images(Side::B).join(&file);
     ensure!(is_same(&own, &arrived)?, "the image arrived as another");
     Ok(Row {
@@ -157,11 +200,17 @@ fn one(
         seed: plan.seed,
         step: at + 1,
         beside: plan.beside,
+        troubles,
         image_sha256: crate::chunks::checksum(image),
         total_s,
-        wire_bytes,
+        wire_bytes: after.wire_bytes() - before.wire_bytes(),
+        wire_bytes_each: Some([
+            after.a_to_b.sent_bytes - before.a_to_b.sent_bytes,
+            after.b_to_a.sent_bytes - before.b_to_a.sent_bytes,
+        ]),
+        dropped_bytes: Some(after.dropped_bytes() - before.dropped_bytes()),
         cpu_s: cpu,
-        peak_rss_bytes: pids.map(peak_rss_bytes),
+        peak_rss_bytes: now.map(peak_rss_bytes),
         report: answer.get("completed").unwrap_or(&answer).clone(),
     })
 }

@@ -109,6 +109,11 @@ impl Stats {
     pub fn wire_bytes(&self) -> u64 {
         self.a_to_b.sent_bytes + self.b_to_a.sent_bytes
     }
+
+    /// Those of them that were dropped.
+    pub fn dropped_bytes(&self) -> u64 {
+        self.a_to_b.dropped_bytes + self.b_to_a.dropped_bytes
+    }
 }
 
 #[derive(Debug, Default)]

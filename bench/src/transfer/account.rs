@@ -90,6 +90,11 @@ pub(super) fn bytes_at(samples: &[Sample], counter: fn(&Sample) -> u64, at_us: u
     }
 }
 
+/// Bytes of everybody.
+pub(super) fn of_device(sample: &Sample) -> u64 {
+    sample.device_bytes
+}
+
 /// Bytes of an own flow.
 pub(super) fn of_flow(sample: &Sample) -> u64 {
     sample.flow_bytes
@@ -115,10 +120,9 @@ impl Carrier<'_> {
         let rtt = self.profile.rtt();
         let window_us = rtt.max(WINDOW_MIN).as_micros() as u64;
         let one_way_us = self.profile.one_way().as_micros() as u64;
-        let device = |sample: &Sample| sample.device_bytes;
         let started = samples.iter().find(|sample| {
             let (to, from) = (sample.at_us, sample.at_us.saturating_sub(window_us));
-            let came = sample.device_bytes as f64 - bytes_at(samples, device, from);
+            let came = sample.device_bytes as f64 - bytes_at(samples, of_device, from);
             let carried = self.bytes(from - one_way_us.min(from), to - one_way_us.min(to));
             to > began_us && came >= STARTED * carried && carried > 0.0
         })?;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::caps::Caps;
 use super::{Answer, Bound, Engine, Order, Received, Sent, Tool, longhaul, quic, rsync};
 use crate::interrupt;
 use crate::netns::Side;
@@ -32,6 +33,7 @@ pub(super) struct Asked {
     pub(super) bound: Bound,
     /// Whether what was offered is brought to its end.
     pub(super) is_drained: bool,
+    pub(super) caps: Caps,
     /// After this long it is told to stop.
     pub(super) give_up: Duration,
 }
@@ -58,6 +60,7 @@ pub(super) fn prepare(folder: PathBuf, asked: &Asked, profile: &Profile) -> Resu
         tool: asked.tool,
         bound: asked.bound,
         is_drained: asked.is_drained,
+        caps: asked.caps.clone(),
         port: 0,
         folder,
         mtu: profile.mtu,

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::account::{self, Bytes, Carrier};
+use super::caps::{Caps, Kept};
 use super::flow::{self, Asked, Flow};
 use super::meter::now_us;
 use super::rows::{self, Cpu, Figures, LinkRow, Origin, Row};
@@ -31,6 +32,10 @@ pub struct Plan {
     /// Instead: seconds for which payload is offered. For tools that would take minutes.
     #[arg(long)]
     pub seconds: Option<f64>,
+    /// Caps on the tools `longhaul*`, changed while they send: SECOND=RATE, e.g. 0=20M,10=5M. How they
+    /// were kept stands in the row.
+    #[arg(long, value_name = "SECOND=RATE,..", requires = "seconds")]
+    pub caps: Option<Caps>,
     /// How many runs; the n-th one has the WAN's seed plus n - 1.
     #[arg(long, default_value_t = 1)]
     pub runs: u32,
@@ -109,6 +114,13 @@ fn said(row: &LinkRow) -> String {
     if !row.failed.is_empty() {
         return format!("{tool} FAILED: {}", row.failed);
     }
+    if !row.caps.is_empty() {
+        let kept = |kept: &Kept| {
+            let (rate, most, used) = (kept.cap.rate, kept.most * 100.0, kept.used * 100.0);
+            format!("{rate}: {most:.1} % in a second at most, {used:.1} % used")
+        };
+        return format!("{tool}: {}", row.caps.iter().map(kept).collect::<Vec<_>>().join("; "));
+    }
     format!(
         "{tool}: {:.1} Mbit/s for {:.1} s, {:.1} % of the link, waste {:.2} %",
         figures.mbit_per_s,
@@ -127,8 +139,10 @@ fn one(
 ) -> Result<LinkRow> {
     let seed = plan.seed + u64::from(run - 1);
     let bound = plan.bound();
-    let asked =
-        Asked { tool, bound, is_drained: true, give_up: Duration::from_secs(plan.give_up_s) };
+    let is_ours = tool.engine() == Engine::Longhaul;
+    let caps = plan.caps.clone().filter(|_| is_ours).unwrap_or_default();
+    let give_up = Duration::from_secs(plan.give_up_s);
+    let asked = Asked { tool, bound, is_drained: true, caps, give_up };
     let scratch = tempfile::tempdir()?;
     let order = flow::prepare(scratch.path().join("flow"), &asked, profile)?;
     interrupt::check()?;
@@ -136,10 +150,12 @@ fn one(
     let begun = Instant::now();
     let done = Flow::listen(&wan, order, asked.give_up).and_then(|flow| flow.transfer(&wan));
     let wire = wan.stats()?;
+    let mut kept = Vec::new();
     let (figures, mut failed) = match done {
         Ok((sent, received)) => {
             let carrier = Carrier { profile, up_us };
             let figures = figures(carrier, tool, bound, &sent, &received, &wire);
+            kept = asked.caps.kept(&received.samples, sent.began_us, sent.ended_us);
             (figures, why_incomplete(bound, &received))
         }
         Err(error) => (Figures::default(), format!("{error:#}")),
@@ -150,11 +166,12 @@ fn one(
     }
     Ok(LinkRow {
         origin: origin(revision, profile, seed, run)?,
-        tool: tool.name(),
+        tool: if asked.caps.is_empty() { tool.name() } else { format!("{}-capped", tool.name()) },
         tool_version: rows::version(tool)?,
         bound,
         failed,
         figures,
+        caps: kept,
         wire,
     })
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use longhaul_transport::{Class, Endpoint, Identity, Session, TrustedPeers, Tuning};
+use longhaul_transport::{Class, Endpoint, Identity, RateLimiter, Session, TrustedPeers, Tuning};
 use tokio::task::JoinSet;
 
 use super::meter::{LOOK_PERIOD, Meter, Stop, Supply, payload_block};
@@ -47,9 +47,15 @@ pub(super) async fn send(order: &Order, supply: &Arc<Supply>) -> Result<u64> {
     let address = SocketAddr::from((Side::B.address(), order.port));
     let session = endpoint.connect(address, peer).await?;
     session.set_background(order.tool == Tool::LonghaulBackground);
+    let job = RateLimiter::new().job();
+    if !order.caps.is_empty() {
+        job.set_job(order.caps.first());
+        session.set_rate(job.clone());
+    }
     supply.begin();
     let done = tokio::select! {
         done = send_all(&session, supply) => done,
+        () = order.caps.follow(&job) => Ok(()),
         () = supply.cut_short() => Ok(()),
     };
     let repeated = session.stats().lost_packets;

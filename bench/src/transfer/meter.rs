@@ -280,6 +280,7 @@ mod tests {
 
     fn supply(bound: Bound) -> Supply {
         let order = Order {
+            caps: crate::transfer::caps::Caps::default(),
             side: Side::A,
             tool: Tool::Longhaul,
             bound,

@@ -13,6 +13,7 @@
 //! this file, `flow`, [`link`] (one flow at a time), [`share`] (several at once), [`rows`], [`summary`].
 
 pub(crate) mod account;
+pub mod caps;
 pub mod ends;
 mod flow;
 pub mod link;
@@ -108,6 +109,9 @@ struct Order {
     bound: Bound,
     /// Whether what was offered is brought to its end, or dropped when the time is over.
     is_drained: bool,
+    /// What this product's transport may send.
+    #[serde(default)]
+    caps: caps::Caps,
     /// Where the receiver listens. For the receiver itself 0: any.
     port: u16,
     /// Keys and files of this flow.

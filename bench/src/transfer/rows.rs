@@ -5,6 +5,7 @@
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use super::caps::Kept;
 use super::{Bound, Engine, Tool, rsync};
 use crate::guest;
 use crate::profile::Profile;
@@ -53,6 +54,9 @@ pub struct LinkRow {
     /// The figures.
     #[serde(flatten)]
     pub figures: Figures,
+    /// How its caps were kept, if it had any; it is no measure of the link then.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub caps: Vec<Kept>,
     /// The relay's counters over the whole of it.
     pub wire: Stats,
 }
@@ -188,6 +192,7 @@ pub(super) mod tests {
 
     pub(in crate::transfer) fn link(tool: Tool, goodput: f64, failed: &str) -> Row {
         Row::Link(Box::new(LinkRow {
+            caps: Vec::new(),
             origin: origin(),
             tool: tool.name(),
             tool_version: String::new(),

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::account::{self, Carrier, bytes_at, of_flow};
+use super::caps::Caps;
 use super::flow::{self, Asked, Flow};
 use super::link::{bring_up, origin, possible, take_down_on_signal};
 use super::rows::{self, Row, ShareFigures, ShareFlow, ShareRow};
@@ -125,6 +126,7 @@ fn one(
         let time = Duration::try_from_secs_f64(end - begin)
             .with_context(|| format!("the flow {} would end before it begins", number + 1))?;
         let asked = Asked {
+            caps: Caps::default(),
             tool,
             bound: Bound::Seconds(time.as_secs_f64()),
             is_drained: false,
