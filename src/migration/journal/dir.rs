@@ -57,13 +57,23 @@ pub struct JournalDir {
     dir: PathBuf,
     /// The journals that this life of the agent has seen durable, as they are.
     durable: Arc<Mutex<HashSet<JobId>>>,
+    /// What was found ended: journals are kept, and there are ever more of them.
+    ended: Arc<Mutex<Ended>>,
+}
+
+/// Journals that need not be read to know that nothing is left to do. Only this agent writes them.
+#[derive(Debug, Default)]
+struct Ended {
+    jobs: HashSet<JobId>,
+    /// Records appended so far: what was read before one may be no more.
+    appended: u64,
 }
 
 impl JournalDir {
     /// Opens or makes the folder.
     pub fn open(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        Ok(Self { dir: dir.to_path_buf(), durable: Arc::default() })
+        Ok(Self { dir: dir.to_path_buf(), durable: Arc::default(), ended: Arc::default() })
     }
 
     fn path(&self, job: JobId) -> PathBuf {
@@ -76,7 +86,7 @@ impl JournalDir {
     /// # Errors
     /// Nothing was begun, and nothing of it stays.
     pub fn begin(&self, job: JobId, vm: &str, began: &Record) -> Result<(), BeginError> {
-        for history in self.all()? {
+        for history in self.unfinished()? {
             if history.began().is_some_and(|began| began.vm == vm)
                 && self.sure(history.job)?.is_some_and(|history| history.acts())
             {
@@ -105,6 +115,15 @@ impl JournalDir {
     /// # Errors
     /// The two kinds differ in what a restart may read.
     pub fn append(&self, job: JobId, record: &Record) -> Result<(), AppendError> {
+        let appended = self.write_behind(job, record);
+        // Whatever came of it: what was read before is no more.
+        let mut ended = self.lock_ended();
+        ended.jobs.remove(&job);
+        ended.appended += 1;
+        appended
+    }
+
+    fn write_behind(&self, job: JobId, record: &Record) -> Result<(), AppendError> {
         let line = encode(record).map_err(AppendError::Unwritten)?;
         let (mut file, good) = self.open_durable(job).map_err(AppendError::Unwritten)?;
         // Its last byte is its end: a record that was written in part is none.
@@ -184,9 +203,25 @@ impl JournalDir {
         Ok(Some(History { job, records }))
     }
 
+    fn lock_ended(&self) -> MutexGuard<'_, Ended> {
+        // Whole after every operation.
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Every attempt with something left to do.
     pub fn unfinished(&self) -> io::Result<Vec<History>> {
-        let mut found = self.all()?;
+        let (known, appended) = {
+            let ended = self.lock_ended();
+            (ended.jobs.clone(), ended.appended)
+        };
+        let mut found = self.all(|job| !known.contains(&job))?;
+        {
+            let mut ended = self.lock_ended();
+            if ended.appended == appended {
+                let over = found.iter().filter(|history| history.ended());
+                ended.jobs.extend(over.map(|history| history.job));
+            }
+        }
         found.retain(|history| !history.ended());
         found.sort_by_key(|history| history.job.to_string());
         Ok(found)
@@ -200,12 +235,12 @@ impl JournalDir {
             let moves = began.role == Role::Target || history.source_step().is_some();
             moves.then(|| began.at.parse::<jiff::Timestamp>().ok())?
         };
-        let all = self.all()?;
+        let all = self.all(|_| true)?;
         let timed = all.iter().filter_map(|history| Some((time(history)?, history.job)));
         Ok(timed.max_by_key(|(time, _)| *time).map(|(_, job)| job))
     }
 
-    fn all(&self) -> io::Result<Vec<History>> {
+    fn all(&self, is_wanted: impl Fn(JobId) -> bool) -> io::Result<Vec<History>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
             let name = entry?.file_name();
@@ -213,6 +248,7 @@ impl JournalDir {
                 .to_str()
                 .and_then(|name| name.strip_suffix(".journal"))
                 .and_then(|job| job.parse::<JobId>().ok())
+                .filter(|job| is_wanted(*job))
             else {
                 continue;
             };
@@ -309,6 +345,26 @@ mod tests {
         assert_eq!(unfinished[0].source_step(), Some(SourceRecord::Delegated));
         journals.append(job, &Record::Ended).unwrap();
         assert!(journals.unfinished().unwrap().is_empty());
+    }
+
+    /// Journals are kept for ever: those that ended are not read again, until something is written behind
+    /// their end.
+    #[test]
+    fn what_has_ended_is_not_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let journals = JournalDir::open(dir.path()).unwrap();
+        let job = JobId::random();
+        journals.begin(job, "db1", &began()).unwrap();
+        journals.append(job, &Record::Ended).unwrap();
+        assert!(journals.unfinished().unwrap().is_empty());
+        let path = journals.path(job);
+        let aside = dir.path().join("aside");
+        fs::rename(&path, &aside).unwrap();
+        fs::write(&path, "newer than this program").unwrap();
+        assert!(journals.unfinished().unwrap().is_empty());
+        fs::rename(&aside, &path).unwrap();
+        journals.append(job, &step(SourceRecord::Delegated)).unwrap();
+        assert_eq!(journals.unfinished().unwrap().len(), 1);
     }
 
     #[test]
