@@ -11,7 +11,7 @@ use super::picture::{migration_mib_s, move_mib};
 use super::store::{Order, PastMove};
 use super::{Round, Scheduler};
 use crate::agent::answer::Desk;
-use crate::control::{MoveRequest, OrderOutcome, Reply, Request};
+use crate::control::{FailureKind, MoveRequest, OrderOutcome, Reply, Request};
 
 /// A move that is to be made.
 pub(super) struct Intent {
@@ -50,10 +50,18 @@ impl Scheduler {
 
     /// Orders one move, if everything is still as it was planned.
     pub(super) async fn order(&self, desk: &Desk, round: &mut Round, intent: Intent) {
-        if let Err(why) = self.door(desk, round, &intent).await {
-            tracing::info!(vm = intent.vm, to = intent.to, why, "a planned move is not made now");
-            return;
-        }
+        let beyond = match self.door(desk, round, &intent).await {
+            Ok(beyond) => beyond,
+            Err(why) => {
+                tracing::info!(
+                    vm = intent.vm,
+                    to = intent.to,
+                    why,
+                    "a planned move is not made now"
+                );
+                return;
+            }
+        };
         let Some(target) = self.proven(desk, &intent.to) else { return };
         let Intent { vm, from, to, mib, because, deadline_s } = intent;
         let wish = MoveRequest {
@@ -71,24 +79,30 @@ impl Scheduler {
         let (job, outcome) = match answer {
             Ok(Reply::Started(job)) => (Some(job.id), OrderOutcome::UnderWay),
             Ok(_) => (None, OrderOutcome::Lost),
-            Err(failure) => {
+            Err(failure) if failure.kind == FailureKind::Refused => {
                 tracing::warn!(vm, from, to, what = failure.what, "a move was refused");
                 (None, OrderOutcome::Failed { what: failure.what })
             }
+            // It may have been heard all the same: what the host reports tells.
+            Err(failure) => {
+                tracing::warn!(vm, from, to, what = failure.what, "an order was not answered");
+                (None, OrderOutcome::UnderWay)
+            }
         };
-        if job.is_some() {
+        if outcome == OrderOutcome::UnderWay {
             let (vm, from, to) = (vm.clone(), from.clone(), to.clone());
             round.memory.note_move(PastMove { vm, from, to, at_s: at.as_second() });
         }
         let seconds = mib as f64 / migration_mib_s(&round.heard, self.rules());
         let whole_mib = whole_mib(round, &vm, mib);
-        let order = Order { vm, from, to, at, because, mib, whole_mib, seconds, job, outcome };
+        let order =
+            Order { vm, from, to, at, because, mib, whole_mib, seconds, job, beyond, outcome };
         round.memory.note_order(order);
         self.save(&round.memory);
     }
 
-    /// Why the move is not made now.
-    async fn door(&self, desk: &Desk, round: &Round, intent: &Intent) -> Result<(), String> {
+    /// The highest number of a job at the host that the VM leaves, or why the move is not made now.
+    async fn door(&self, desk: &Desk, round: &Round, intent: &Intent) -> Result<u64, String> {
         let Intent { vm, from, to, .. } = intent;
         for host in [from, to] {
             if let Some(why) = round.trouble.get(host) {
@@ -112,7 +126,7 @@ impl Scheduler {
         if let Some(job) = report.jobs.first() {
             return Err(format!("{from} has a job: {} of {}", job.kind.noun(), job.vm));
         }
-        Ok(())
+        Ok(report.recent.iter().map(|job| job.id).max().unwrap_or(0))
     }
 
     /// The fingerprint of a host, as this agent trusts it: other hosts have other names for it.

@@ -364,6 +364,7 @@ mod tests {
             whole_mib: 100,
             seconds: 1.0,
             job: Some(1),
+            beyond: 0,
             outcome,
         }
     }

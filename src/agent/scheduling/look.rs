@@ -124,14 +124,17 @@ impl Round {
             if self.trouble.contains_key(&order.from) {
                 continue;
             }
-            let is_this = |id: u64| order.job == Some(id);
-            if let Some(ended) = source.load.recent.iter().find(|job| is_this(job.id)) {
+            let ended =
+                source.load.recent.iter().find(|job| order.is_job(job.id, job.kind, &job.vm));
+            let running =
+                source.load.jobs.iter().find(|job| order.is_job(job.id, job.kind, &job.vm));
+            if let Some(ended) = ended {
                 order.outcome = outcome(ended);
                 let (vm, from, to) = (&order.vm, &order.from, &order.to);
                 tracing::info!(vm, from, to, outcome = ?order.outcome, "a move has ended");
-            } else if !source.load.jobs.iter().any(|job| is_this(job.id))
-                && now.as_second().saturating_sub(order.at.as_second()) > LOST_S
-            {
+            } else if let Some(running) = running {
+                order.job = Some(running.id);
+            } else if now.as_second().saturating_sub(order.at.as_second()) > LOST_S {
                 order.outcome = OrderOutcome::Lost;
             }
         }
@@ -166,5 +169,80 @@ fn outcome(job: &JobRecord) -> OrderOutcome {
             downtime_ms: completed.downtime.as_ref().map_or(0.0, |downtime| downtime.total_ms),
         },
         JobOutcome::Failed(failure) => OrderOutcome::Failed { what: failure.what.clone() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::scheduling::store::Order;
+    use crate::control::JobKind;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn ended(id: u64, kind: JobKind, vm: &str) -> JobRecord {
+        JobRecord {
+            id,
+            kind,
+            vm: vm.into(),
+            peer: "lyon".into(),
+            started: at(0),
+            ended: at(0),
+            outcome: JobOutcome::Failed(Failure::refused("no", "")),
+        }
+    }
+
+    /// An order whose answer was lost has been heard or not: the host's own jobs tell.
+    #[test]
+    fn an_order_without_an_answer_is_found_again() {
+        let order = Order {
+            vm: "db1".into(),
+            from: "paris".into(),
+            to: "lyon".into(),
+            at: at(0),
+            because: String::new(),
+            mib: 1,
+            whole_mib: 1,
+            seconds: 1.0,
+            job: None,
+            beyond: 7,
+            outcome: OrderOutcome::UnderWay,
+        };
+        let after = |recent: Vec<JobRecord>, now_s: i64| {
+            let load = HostLoad {
+                name: "paris".into(),
+                fingerprint: String::new(),
+                age_ms: Some(0),
+                cores: 1.0,
+                cpu: 0.0,
+                memory_mib: 1,
+                pressure: None,
+                network_bytes_s: (0.0, 0.0),
+                cap_bytes_s: None,
+                vms: vec![],
+                links: vec![],
+                jobs: vec![],
+                recent,
+            };
+            let mut round = Round::default();
+            round.memory.note_order(order.clone());
+            round.hear([("paris".to_owned(), Ok(load))].into(), now_s);
+            round.settle(at(now_s));
+            round.memory.orders[0].outcome.clone()
+        };
+        // Its last move, somebody else's, and a seed are not this order.
+        let others = || {
+            vec![
+                ended(7, JobKind::Migrate, "db1"),
+                ended(8, JobKind::Migrate, "web"),
+                ended(9, JobKind::Seed, "db1"),
+            ]
+        };
+        assert_eq!(after(others(), 60), OrderOutcome::UnderWay);
+        assert_eq!(after(others(), LOST_S + 1), OrderOutcome::Lost);
+        let with_it = [vec![ended(10, JobKind::Migrate, "db1")], others()].concat();
+        assert_eq!(after(with_it, LOST_S + 1), OrderOutcome::Failed { what: "no".into() });
     }
 }

@@ -12,7 +12,7 @@ use longhaul_scheduler::forecast::Forecaster;
 use serde::{Deserialize, Serialize};
 
 use crate::agent::durable;
-use crate::control::OrderOutcome;
+use crate::control::{JobKind, OrderOutcome};
 
 /// Samples of each host: as many as the planner ever looks at, and some to show.
 const SAMPLES_MAX: usize = 24;
@@ -97,8 +97,12 @@ pub(super) struct Order {
     /// What the VM held, memory and disks.
     pub(super) whole_mib: u64,
     pub(super) seconds: f64,
-    /// The job's number at the host that it leaves.
+    /// The job's number at the host that it leaves, once it is known.
     pub(super) job: Option<u64>,
+    /// The highest number that a job of that host had before: one of this VM beyond it is this order's,
+    /// though the answer was lost.
+    #[serde(default)]
+    pub(super) beyond: u64,
     pub(super) outcome: OrderOutcome,
 }
 
@@ -120,6 +124,14 @@ impl Order {
     /// Whether nobody has said yet how it ended.
     pub(super) fn is_under_way(&self) -> bool {
         self.outcome == OrderOutcome::UnderWay
+    }
+
+    /// Whether a job of the host that it leaves is this order's.
+    pub(super) fn is_job(&self, id: u64, kind: JobKind, vm: &str) -> bool {
+        match self.job {
+            Some(job) => job == id,
+            None => id > self.beyond && kind == JobKind::Migrate && vm == self.vm,
+        }
     }
 
     /// Whether it concerns the host.

@@ -124,6 +124,7 @@ fn what_is_doubtful_stays() {
             whole_mib: 1,
             seconds: 1.0,
             job: None,
+            beyond: 0,
             outcome: OrderOutcome::Failed { what: "no".into() },
         });
     };
