@@ -89,6 +89,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Sockets of the running agent and of its VMs.
     pub run_dir: PathBuf,
+    /// Peers that may fetch images from this host's pools.
+    pub serves: Vec<String>,
     /// How VMs are run, and what they may use.
     pub host: HostPolicy,
     /// QEMU's programs for images.
@@ -203,6 +205,7 @@ impl Config {
             listen,
             state_dir: dir(&overrides.state_dir, &typed.agent.state_dir, DEFAULT_STATE_DIR)?,
             run_dir: run_dir.clone(),
+            serves: source.names(&typed.agent.serves)?,
             image_tools: ImageTools {
                 qemu_img: typed.qemu.img.clone().unwrap_or_else(|| "qemu-img".into()),
                 qemu_nbd: typed.qemu.nbd.clone().unwrap_or_else(|| "qemu-nbd".into()),
@@ -322,6 +325,12 @@ impl Source<'_> {
         meaning: impl Fn(&T) -> Result<U, Problem>,
     ) -> Result<U, ConfigError> {
         meaning(value.get_ref()).map_err(|problem| self.wrong(value.span().start, problem))
+    }
+
+    /// Checks a list of names.
+    fn names(&self, list: &[Spanned<String>]) -> Result<Vec<String>, ConfigError> {
+        let name = |name: &String| valid_name(name).map(|()| name.clone());
+        list.iter().map(|typed| self.checked(typed, name)).collect()
     }
 
     /// Checks a table whose keys are names.

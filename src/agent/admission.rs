@@ -10,7 +10,7 @@ use crate::control::{Failure, JobKind};
 pub const MIGRATIONS_MAX: usize = 4;
 /// Seeds at a time: they need little memory and yield to everything else.
 pub const SEEDS_MAX: usize = 16;
-/// Pushes at a time.
+/// Pushes at a time, and pulls.
 pub const PUSHES_MAX: usize = 16;
 
 /// A job that runs, as far as admission needs to know it.
@@ -56,10 +56,14 @@ pub fn admit(stopping: bool, running: &[Occupied], wish: &Wish) -> Result<(), Fa
         return Err(Failure::refused(what, "`longhaul vm list` shows them"));
     }
     if let Some(job) = running.iter().find(|job| job.vm == *vm) {
-        let what =
-            format!("cannot {kind} {vm}: a job moves it already ({} to {})", job.kind, job.peer);
+        let what = format!(
+            "cannot {kind} {vm}: a job moves it already ({} {} {})",
+            job.kind,
+            job.kind.preposition(),
+            job.peer
+        );
         let next = match job.kind {
-            JobKind::Seed | JobKind::Push => {
+            JobKind::Seed | JobKind::Push | JobKind::Pull => {
                 format!("`longhaul cancel {vm}` first: what the target has received stays there")
             }
             JobKind::Migrate => {
@@ -71,7 +75,7 @@ pub fn admit(stopping: bool, running: &[Occupied], wish: &Wish) -> Result<(), Fa
     let max = match kind {
         JobKind::Migrate => MIGRATIONS_MAX,
         JobKind::Seed => SEEDS_MAX,
-        JobKind::Push => PUSHES_MAX,
+        JobKind::Push | JobKind::Pull => PUSHES_MAX,
     };
     if running.iter().filter(|job| job.kind == *kind).count() >= max {
         let what = format!("cannot {kind} {vm}: {max} jobs of this kind run already");

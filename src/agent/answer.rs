@@ -24,6 +24,7 @@ use super::monitor::Monitor;
 use super::peers::{Peer, PeerBook, PeersError, full_address};
 use super::registry::Registry;
 use super::scheduling::Scheduler;
+use super::sweeping;
 use super::waiting::Waiting;
 use crate::config::{Config, Problem, valid_downtime_limit};
 use crate::control::{
@@ -94,6 +95,7 @@ impl Desk {
             Request::Seed(wish) => self.start(JobKind::Seed, wish).await,
             Request::Migrate(wish) => self.migrate(wish).await,
             Request::Push(wish) => self.push(wish),
+            Request::Pull(wish) => self.pull(wish),
             Request::Watch { vm } => self.jobs.follow(&vm).map(Reaction::Follow),
             Request::Index(wish) => Ok(Reaction::Work(self.index(wish))),
             Request::Verify { image } => Ok(Reaction::Work(self.verify(image.into()))),
@@ -167,6 +169,16 @@ impl Desk {
                 self.registry.adopt(qmp.as_ref(), name).await.map(Reply::Adopted)
             }
             Request::VmCheck { vm, to } => self.check(vm, to).await,
+            Request::StoreGc(wish) => {
+                let pools = self.config.host.pools.clone();
+                let sweep = move || sweeping::sweep(&pools, wish, std::time::SystemTime::now());
+                let swept = tokio::task::spawn_blocking(sweep).await;
+                swept
+                    .unwrap_or_else(|error| {
+                        Err(Failure::failed(error.to_string(), "", "see the agent's log"))
+                    })
+                    .map(Reply::Garbage)
+            }
             Request::Limit(wish) => self.caps.change(wish).map(Box::new).map(Reply::Limits),
             Request::Cancel { vm } => self.cancel(&vm).await,
             Request::Resolve { vm, runs, confirm } => {
@@ -187,10 +199,14 @@ impl Desk {
             Request::Evacuate(wish) => {
                 self.scheduler()?.evacuate(self, &wish).await.map(Box::new).map(Reply::Plan)
             }
+            Request::Fetch(_) | Request::Job(_) => {
+                Err(Failure::refused("only a peer asks for that", "see `longhaul pull --help`"))
+            }
             // Answered by `react`.
             Request::Seed(_)
             | Request::Migrate(_)
             | Request::Push(_)
+            | Request::Pull(_)
             | Request::Watch { .. }
             | Request::Index(_)
             | Request::Verify { .. } => {
@@ -237,7 +253,7 @@ impl Desk {
             Some(ms) => valid_downtime_limit(ms).map_err(problem_failure)?,
             None => default_ms.unwrap_or(u64::MAX),
         };
-        let options = MoveOptions { downtime_limit_ms, deadline_s, rate, image: None };
+        let options = MoveOptions { downtime_limit_ms, deadline_s, rate, image: None, fetch: None };
         let in_doubt = self.is_in_doubt(&vm).await;
         let vm_known = self.registry.knows(&vm);
         self.start_job(&Wish { kind, vm, vm_known, in_doubt }, peer, options, detach)
@@ -266,7 +282,7 @@ impl Desk {
         }
     }
 
-    fn start_job(
+    pub(super) fn start_job(
         &self,
         wish: &Wish,
         peer: Peer,
@@ -293,8 +309,13 @@ impl Desk {
             return Err(Failure::refused(what, "give the path of a raw image or of a .qcow2"));
         }
         let image_job = ImageJob { image: path, peer: to, pool, file, replace };
-        let options =
-            MoveOptions { downtime_limit_ms: 0, deadline_s, rate, image: Some(image_job) };
+        let options = MoveOptions {
+            downtime_limit_ms: 0,
+            deadline_s,
+            rate,
+            image: Some(image_job),
+            fetch: None,
+        };
         let wish = Wish { kind: JobKind::Push, vm: image, vm_known: true, in_doubt: false };
         self.start_job(&wish, peer, options, detach)
     }
@@ -431,6 +452,7 @@ impl Desk {
             tallies: self.jobs.tallies(),
             last_migration: self.jobs.last_migration(),
             links: self.links.all(),
+            planner: self.scheduler.as_ref().and_then(|scheduler| scheduler.glance()),
         };
         let metrics = Arc::new(metrics::metrics(&facts));
         *last = Some((Instant::now(), Arc::clone(&metrics)));
@@ -472,7 +494,7 @@ fn summary(peer: Peer) -> PeerSummary {
     PeerSummary { name, address, fingerprint: fingerprint.to_string() }
 }
 
-fn problem_failure(problem: Problem) -> Failure {
+pub(super) fn problem_failure(problem: Problem) -> Failure {
     Failure::refused(problem.what, problem.remedy)
 }
 

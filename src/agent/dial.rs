@@ -35,6 +35,13 @@ pub(crate) struct Dialer {
     rate: JobRate,
 }
 
+impl Dialer {
+    /// The peer's name at this host.
+    pub(crate) fn peer(&self) -> &str {
+        &self.peer
+    }
+}
+
 #[async_trait]
 impl Dial for Dialer {
     async fn dial(&self) -> Result<Session, String> {

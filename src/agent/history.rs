@@ -73,6 +73,11 @@ impl History {
         })
     }
 
+    /// The record of that number.
+    pub(crate) fn find(&self, id: u64) -> Option<&JobRecord> {
+        self.records.iter().rev().find(|record| record.id == id)
+    }
+
     /// The highest number that a job had.
     pub(crate) fn last_id(&self) -> u64 {
         self.records.iter().map(|record| record.id).max().unwrap_or(0)

@@ -1,4 +1,4 @@
-//! Jobs: seeds and migrations that this host sends.
+//! Jobs: seeds, migrations and images that this host sends, and images that it asks for.
 //!
 //! Invariant: a job belongs to the agent, not to whoever asked for it. Each is one task; it ends by
 //! itself, by its [`CancelToken`], or with the agent, and in every case leaves exactly one record.
@@ -20,14 +20,15 @@ use super::peers::Peer;
 use super::tally::Tally;
 use crate::calendar::RateCalendar;
 use crate::control::{
-    Event, Failure, FailureKind, InDoubt, JobKind, JobOutcome, JobRecord, JobSummary, VerifySummary,
+    Event, Failure, FailureKind, FetchRequest, InDoubt, JobKind, JobOutcome, JobRecord, JobStand,
+    JobSummary, VerifySummary,
 };
 use crate::hypervisor::VmSpec;
 use crate::migration::handover::{Choice, Conflict};
 use crate::migration::job::ImageJob;
 use crate::migration::{Completed, Phase, Progress};
 
-/// One seed or migration, as it was admitted.
+/// One job, as it was admitted.
 #[derive(Debug, Clone)]
 pub struct Job {
     /// Its number, unique at this agent.
@@ -54,6 +55,8 @@ pub struct MoveOptions {
     pub rate: Option<RateCalendar>,
     /// What a push sends where.
     pub image: Option<ImageJob>,
+    /// What a pull asks for.
+    pub fetch: Option<FetchRequest>,
 }
 
 /// Moves VMs. The agent decides who may be moved when, and the mover how.
@@ -80,6 +83,14 @@ pub trait Mover: Send + Sync {
 
     /// Sends an image without a VM: [`MoveOptions::image`].
     async fn push(
+        &self,
+        job: Job,
+        progress: watch::Sender<Progress>,
+        cancel: CancelToken,
+    ) -> Result<Completed, Failure>;
+
+    /// Has a peer send an image: [`MoveOptions::fetch`].
+    async fn pull(
         &self,
         job: Job,
         progress: watch::Sender<Progress>,
@@ -255,6 +266,15 @@ impl Jobs {
         self.table().history.newest(count)
     }
 
+    /// The job of that number, if it runs or is remembered.
+    pub(crate) fn stand(&self, id: u64) -> Option<JobStand> {
+        let table = self.table();
+        match table.running.get(&id) {
+            Some(job) => Some(JobStand::Runs(job.follow.summary())),
+            None => table.history.find(id).cloned().map(JobStand::Ended),
+        }
+    }
+
     /// The newest migration that completed, if the history still has one.
     pub(crate) fn last_migration(&self) -> Option<JobRecord> {
         self.table().history.last_migration().cloned()
@@ -323,6 +343,7 @@ async fn carry_out(
                 JobKind::Seed => mover.seed(job, progress, cancel).await,
                 JobKind::Migrate => mover.migrate(job, progress, cancel).await,
                 JobKind::Push => mover.push(job, progress, cancel).await,
+                JobKind::Pull => mover.pull(job, progress, cancel).await,
             }
         }
     });

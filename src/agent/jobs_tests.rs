@@ -45,6 +45,15 @@ impl Mover for ByName {
         self.migrate(job, progress, cancel).await
     }
 
+    async fn pull(
+        &self,
+        job: Job,
+        progress: watch::Sender<Progress>,
+        cancel: CancelToken,
+    ) -> Result<Completed, Failure> {
+        self.migrate(job, progress, cancel).await
+    }
+
     async fn verify(&self, image: &Path, _: mpsc::Sender<Event>) -> Result<VerifySummary, Failure> {
         Err(Failure::refused(format!("{} is none", image.display()), ""))
     }
@@ -87,7 +96,8 @@ fn start(jobs: &Arc<Jobs>, vm: &str, deadline_s: Option<u64>) -> Result<Follow, 
     let wish = Wish { kind: JobKind::Migrate, vm: vm.to_owned(), vm_known: true, in_doubt: false };
     let fingerprint = Fingerprint::from_bytes([1; 32]);
     let peer = Peer { name: "lyon".into(), address: "192.0.2.1:4873".into(), fingerprint };
-    let options = MoveOptions { downtime_limit_ms: 300, deadline_s, rate: None, image: None };
+    let options =
+        MoveOptions { downtime_limit_ms: 300, deadline_s, rate: None, image: None, fetch: None };
     jobs.start(&wish, peer, options)
 }
 

@@ -21,7 +21,7 @@ use super::indexing::ImageIndex;
 use super::jobs::{Job, Mover};
 use super::links::Links;
 use super::peers::Peer;
-use super::verifying;
+use super::{pulling, verifying};
 use crate::control::{Event, Failure, FailureKind, InDoubt, VerifySummary, chain};
 use crate::hypervisor::VmSpec;
 use crate::hypervisor::qemu::host::QemuHost;
@@ -148,33 +148,15 @@ impl MigrationMover {
                 staging_bytes: self.staging_bytes,
             },
         };
-        let mut cuts = 0;
-        loop {
-            let error = match self.attempt(job, &order, &dial, progress, cancel).await {
-                Ok(completed) => {
-                    self.index.take_records();
-                    return Ok(completed);
-                }
-                Err(error) => error,
-            };
-            // Nobody waits for a seed: a link that comes back is good enough. And a peer whose agent was
-            // started anew is there: the guest runs on here, and what has arrived lies there.
-            let worthwhile = error.is_forgotten() || (error.is_cut() && purpose == Purpose::Seed);
-            if !worthwhile || cuts == CUTS_MAX {
-                return Err(failure(&job.vm, &error));
-            }
-            cuts += 1;
-            tracing::info!(vm = job.vm, peer = job.peer.name, %error, cuts, "trying again");
-            progress.send_modify(|progress| {
-                progress.note = Some(format!("{error}; trying again"));
-            });
-            tokio::select! {
-                () = tokio::time::sleep(CUT_WAIT) => {}
-                _ = cancel.cancelled() => {
-                    return Err(failure(&job.vm, &MigrationError::Cancelled));
-                }
-            }
-        }
+        // Nobody waits for a seed: a link that comes back is good enough. And a peer whose agent was
+        // started anew is there: the guest runs on here, and what has arrived lies there.
+        let is_seed = purpose == Purpose::Seed;
+        let worthwhile =
+            |error: &MigrationError| error.is_forgotten() || (error.is_cut() && is_seed);
+        let attempt = || self.attempt(job, &order, &dial, progress, cancel);
+        let completed = tries(job, progress, cancel, worthwhile, attempt).await?;
+        self.index.take_records();
+        Ok(completed)
     }
 
     async fn attempt(
@@ -213,36 +195,47 @@ impl MigrationMover {
         };
         let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
         let dial = self.phone.dialer(&job.peer.name, caps.rate());
-        let mut cuts = 0;
-        loop {
+        let attempt = || async {
             let attempt = async {
                 let session = dial.dial().await;
                 let session =
                     session.map_err(|detail| MigrationError::cut(&job.peer.name, detail))?;
                 migration::push(&self.site, order, session, progress).await
             };
-            let ended = tokio::select! {
+            tokio::select! {
                 ended = attempt => ended,
                 _ = cancel.cancelled() => Err(MigrationError::Cancelled),
-            };
-            let error = match ended {
-                Ok(completed) => return Ok(completed),
-                Err(error) => error,
-            };
-            if !error.is_cut() || cuts == CUTS_MAX {
-                return Err(failure(&job.vm, &error));
             }
-            cuts += 1;
-            tracing::info!(image = job.vm, peer = job.peer.name, %error, cuts, "trying again");
-            progress.send_modify(|progress| {
-                progress.note = Some(format!("{error}; trying again"));
-            });
-            tokio::select! {
-                () = tokio::time::sleep(CUT_WAIT) => {}
-                _ = cancel.cancelled() => {
-                    return Err(failure(&job.vm, &MigrationError::Cancelled));
-                }
-            }
+        };
+        tries(job, progress, cancel, MigrationError::is_cut, attempt).await
+    }
+}
+
+/// One attempt after the other, as long as another is `worthwhile`.
+async fn tries<A: Future<Output = Result<Completed, MigrationError>>>(
+    job: &Job,
+    progress: &watch::Sender<Progress>,
+    cancel: &CancelToken,
+    worthwhile: impl Fn(&MigrationError) -> bool,
+    attempt: impl Fn() -> A,
+) -> Result<Completed, Failure> {
+    let mut cuts = 0;
+    loop {
+        let error = match attempt().await {
+            Ok(completed) => return Ok(completed),
+            Err(error) => error,
+        };
+        if !worthwhile(&error) || cuts == CUTS_MAX {
+            return Err(failure(&job.vm, &error));
+        }
+        cuts += 1;
+        tracing::info!(of = job.vm, peer = job.peer.name, %error, cuts, "trying again");
+        progress.send_modify(|progress| {
+            progress.note = Some(format!("{error}; trying again"));
+        });
+        tokio::select! {
+            () = tokio::time::sleep(CUT_WAIT) => {}
+            _ = cancel.cancelled() => return Err(failure(&job.vm, &MigrationError::Cancelled)),
         }
     }
 }
@@ -274,6 +267,18 @@ impl Mover for MigrationMover {
         cancel: CancelToken,
     ) -> Result<Completed, Failure> {
         self.push_image(&job, &progress, &cancel).await
+    }
+
+    async fn pull(
+        &self,
+        job: Job,
+        progress: watch::Sender<Progress>,
+        cancel: CancelToken,
+    ) -> Result<Completed, Failure> {
+        let Some(wish) = job.options.fetch.clone() else {
+            return Err(Failure::refused("a pull names an image", ""));
+        };
+        pulling::pull(&job.vm, wish, &self.dialer(&job.peer.name), &progress, &cancel).await
     }
 
     async fn verify(

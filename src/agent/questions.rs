@@ -1,7 +1,8 @@
-//! What the planner's agent may ask of this one: its load, and moves of its VMs.
+//! What peers' agents may ask of this one: the planner's for its load and for moves of its VMs, those that
+//! this host serves for images.
 //!
-//! Invariant: only the one peer that this host's operator named (`scheduler.obeys`) is answered, and only
-//! what is listed in [`may_ask`]: everything else that a command can do stays with who is on this host.
+//! Invariant: only peers that this host's operator named (`scheduler.obeys`, `agent.serves`) are answered,
+//! and only what is listed in [`may_ask`], or in `pulling`: everything else that a command can do stays with who is on this host.
 //! The language is that of commands; an order is admitted by the same rules as a command's.
 
 use std::sync::{Arc, OnceLock, Weak};
@@ -35,18 +36,22 @@ impl Questions {
         let Some(desk) = desk else {
             return Err(Failure::refused("this agent starts or stops just now", "ask again"));
         };
-        if desk.config.scheduler.obeys.as_deref() != Some(peer) {
-            let name = &desk.config.name;
-            let next = format!("on {name} set scheduler.obeys to its name for that peer");
-            tracing::warn!(peer, "a peer that this host does not obey asked for something");
-            return Err(Failure::refused(format!("{name} does not obey this agent"), next));
-        }
         let mut reader = BufReader::new(&mut question);
         let request = read_line::<Request>(&mut reader).await.map_err(|error| {
             let next = "are both agents of the same version?";
             Failure::refused(format!("this is no request: {}", chain(&error)), next)
         })?;
-        match desk.react(may_ask(request)?).await {
+        let request = match request {
+            Request::Fetch(wish) => Request::Push(desk.fetched(peer, wish)?),
+            Request::Job(question) => {
+                return Ok(Reply::Job(Box::new(desk.job_to(peer, question)?)));
+            }
+            request => {
+                must_obey(&desk, peer)?;
+                may_ask(request)?
+            }
+        };
+        match desk.react(request).await {
             Reaction::Answer(answer) => *answer,
             Reaction::Follow(_) | Reaction::Work(_) => {
                 Err(Failure::refused("a peer cannot watch a job", "ask for the load"))
@@ -55,7 +60,17 @@ impl Questions {
     }
 }
 
-/// What a peer may ask, as it is carried out: a job that it starts is not watched.
+fn must_obey(desk: &Desk, peer: &str) -> Result<(), Failure> {
+    if desk.config.scheduler.obeys.as_deref() == Some(peer) {
+        return Ok(());
+    }
+    let name = &desk.config.name;
+    let next = format!("on {name} set scheduler.obeys to its name for that peer");
+    tracing::warn!(peer, "a peer that this host does not obey asked for something");
+    Err(Failure::refused(format!("{name} does not obey this agent"), next))
+}
+
+/// What a planner may ask, as it is carried out: a job that it starts is not watched.
 fn may_ask(request: Request) -> Result<Request, Failure> {
     match request {
         Request::Load { .. } | Request::Cancel { .. } => Ok(request),

@@ -152,6 +152,8 @@ listen = {listen}
 state_dir = {state_dir}
 # Sockets of the running agent and of its VMs.
 run_dir = {run_dir}
+# Peers that may fetch any image of the pools with `longhaul pull`, by their names here. Nobody without it.
+# serves = ["lyon"]
 
 [qemu]
 # Programs: names on PATH, or absolute paths.

@@ -319,7 +319,7 @@ impl Entry {
         let soon = Timestamp::from_second(now.as_second() + AGAIN_S).ok();
         self.not_before = match kind {
             JobKind::Migrate => opening.until.or(soon),
-            JobKind::Seed | JobKind::Push => soon,
+            JobKind::Seed | JobKind::Push | JobKind::Pull => soon,
         };
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::calendar::{CalendarError, RateCalendar, Windows};
+use crate::control::ImageName;
 use crate::units::parse_duration;
 
 /// Exit codes, as they are documented in the help.
@@ -148,6 +149,17 @@ Example:
   longhaul push /srv/golden.raw lyon:golden.raw --replace --rate 50M
   longhaul push db1.qcow2 lyon:fast/db1.qcow2")]
     Push(PushArgs),
+    /// Fetch a disk image from a peer
+    #[command(after_help = "\
+The peer sends any image of its pools that no QEMU has open to the hosts that its operator has named
+(agent.serves in its configuration), as if `longhaul push` had been typed there: what is here already
+is not sent, a pull that was broken off goes on where it was, and until all is here and checked there
+is no image of that name. Watch it and cancel it by PEER:POOL/NAME.
+
+Example:
+  longhaul pull lyon:golden.raw
+  longhaul pull lyon:fast/db1.raw fast/db1-copy.raw --replace --rate 50M")]
+    Pull(PullArgs),
     /// Follow the job that moves a VM
     #[command(after_help = "\
 The exit code is that of the job, as if it had been started by this command.
@@ -211,6 +223,9 @@ its record was completed, that is damage, and the command fails.
 Example:
   longhaul verify /var/lib/longhaul/images/db1.raw")]
     Verify(VerifyArgs),
+    /// Look after what lies in this host's pools
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// Stop the job that moves a VM; the guest runs on here
     #[command(after_help = "\
 What the target has received stays there, so the next try is short.
@@ -315,6 +330,32 @@ pub struct EvacuateArgs {
 pub struct VerifyArgs {
     /// The image, by its path on this host
     pub image: PathBuf,
+}
+
+/// Commands about pools.
+#[derive(Debug, Subcommand)]
+pub enum StoreCommand {
+    /// Show, and with --go remove, what is of no use any more
+    #[command(after_help = "\
+That is images that a push or pull began and nobody has finished (NAME.longhaul-part), and records of
+images that are gone. An image that has its name is never touched, nor a disk that was seeded and waits
+for its VM: `longhaul seed VM --forget` at its source ends that, and the file is then yours to remove.
+
+Example:
+  longhaul store gc
+  longhaul store gc --older 30d --go")]
+    Gc(GcArgs),
+}
+
+/// Arguments of `store gc`.
+#[derive(Debug, Args)]
+pub struct GcArgs {
+    /// Only what nothing was written to for this long; at least 25h
+    #[arg(long, value_name = "TIME", default_value = "7d", value_parser = parse_duration)]
+    pub older: Duration,
+    /// Remove it
+    #[arg(long)]
+    pub go: bool,
 }
 
 /// Arguments of `index`.
@@ -588,27 +629,49 @@ pub struct PushArgs {
     pub how: MoveArgs,
 }
 
+/// Arguments of `pull`.
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// The peer, and the image there
+    #[arg(value_name = "PEER:[POOL/]NAME", value_parser = parse_place)]
+    pub image: Place,
+    /// What it is to be here; the same name in the pool `default` if absent
+    #[arg(value_name = "[POOL/]NAME", value_parser = parse_image_name)]
+    pub to: Option<ImageName>,
+    /// Replace an image of that name
+    #[arg(long)]
+    pub replace: bool,
+    /// How.
+    #[command(flatten)]
+    pub how: MoveArgs,
+}
+
 /// An image's place at a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// The peer.
     pub peer: String,
-    /// Its pool.
-    pub pool: String,
-    /// The file name there.
-    pub file: String,
+    /// The image there.
+    pub image: ImageName,
 }
 
 /// The pool that is meant where none is named.
-const DEFAULT_POOL: &str = "default";
+pub(super) const DEFAULT_POOL: &str = "default";
 
 fn parse_place(text: &str) -> Result<Place, String> {
-    let (peer, name) = text.split_once(':').ok_or("write it as in lyon:golden.raw")?;
-    let (pool, file) = name.split_once('/').unwrap_or((DEFAULT_POOL, name));
-    if peer.is_empty() || pool.is_empty() || file.is_empty() || file.contains('/') {
-        return Err("write it as in lyon:golden.raw or lyon:pool/golden.raw".to_owned());
+    let place = text.split_once(':').filter(|(peer, _)| !peer.is_empty());
+    let place = place.and_then(|(peer, name)| {
+        Some(Place { peer: peer.to_owned(), image: parse_image_name(name).ok()? })
+    });
+    place.ok_or_else(|| "write it as in lyon:golden.raw or lyon:pool/golden.raw".to_owned())
+}
+
+fn parse_image_name(text: &str) -> Result<ImageName, String> {
+    let (pool, file) = text.split_once('/').unwrap_or((DEFAULT_POOL, text));
+    if pool.is_empty() || file.is_empty() || file.contains('/') {
+        return Err("write it as in golden.raw or pool/golden.raw".to_owned());
     }
-    Ok(Place { peer: peer.to_owned(), pool: pool.to_owned(), file: file.to_owned() })
+    Ok(ImageName { pool: pool.to_owned(), file: file.to_owned() })
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ mod progress;
 mod report;
 mod resolve;
 mod show;
+mod store;
 mod table;
 mod verify;
 mod vm;
@@ -111,6 +112,7 @@ pub async fn run(global: &Global, command: Command) -> Exit {
         Command::Seed(args) => moves::seed(global, args).await,
         Command::Migrate(args) => moves::migrate(global, args).await,
         Command::Push(args) => moves::push(global, args).await,
+        Command::Pull(args) => moves::pull(global, args).await,
         Command::Watch(args) => moves::watch(global, args.vm).await,
         Command::Cancel(args) => moves::cancel(global, args.vm).await,
         Command::Resolve(args) => resolve::run(global, args).await,
@@ -118,6 +120,7 @@ pub async fn run(global: &Global, command: Command) -> Exit {
         Command::Metrics => show::metrics(global).await,
         Command::Limit(args) => limit::run(global, args).await,
         Command::Index(args) => index::run(global, args).await,
+        Command::Store(command) => store::run(global, command).await,
         Command::Verify(args) => verify::run(global, args).await,
         Command::Plan(args) => plan::plan(global, args).await,
         Command::Drain(args) => plan::drain(global, args).await,

@@ -1,13 +1,15 @@
-//! `seed`, `migrate`, `push`, `watch`, `cancel`: what moves VMs and images.
+//! `seed`, `migrate`, `push`, `pull`, `watch`, `cancel`: what moves VMs and images.
 //!
 //! Invariant: the job is the agent's. Leaving this command, by Ctrl-C or a lost terminal, never ends
 //! it, unless `--attached` was given and Ctrl-C was pressed.
 
-use super::args::{Global, MigrateArgs, MoveArgs, Place, PushArgs, SeedArgs};
+use super::args::DEFAULT_POOL;
+use super::args::{Global, MigrateArgs, MoveArgs, Place, PullArgs, PushArgs, SeedArgs};
 use super::progress::Display;
 use super::{CommandError, Exit, ask_and_say, print, print_json, report, socket};
 use crate::control::{
-    self, Answer, Call, Event, Failure, MoveRequest, PushRequest, Reply, Request, Response,
+    self, Answer, Call, Event, Failure, FetchRequest, ImageName, MoveRequest, PullRequest,
+    PushRequest, Reply, Request, Response,
 };
 
 pub(super) async fn seed(global: &Global, args: SeedArgs) -> Result<Exit, CommandError> {
@@ -32,7 +34,8 @@ pub(super) async fn migrate(global: &Global, args: MigrateArgs) -> Result<Exit, 
 }
 
 pub(super) async fn push(global: &Global, args: PushArgs) -> Result<Exit, CommandError> {
-    let PushArgs { image, to: Place { peer, pool, file }, replace, how } = args;
+    let PushArgs { image, to: Place { peer, image: ImageName { pool, file } }, replace, how } =
+        args;
     let image = std::path::absolute(&image).unwrap_or(image);
     let Some(image) = image.to_str().map(str::to_owned) else {
         return Err(
@@ -50,6 +53,20 @@ pub(super) async fn push(global: &Global, args: PushArgs) -> Result<Exit, Comman
         detach: how.detach,
     });
     follow(global, &wish, Watched { vm: image, attached: how.attached }).await
+}
+
+pub(super) async fn pull(global: &Global, args: PullArgs) -> Result<Exit, CommandError> {
+    let PullArgs { image: Place { peer, image }, to, replace, how } = args;
+    let to =
+        to.unwrap_or_else(|| ImageName { pool: DEFAULT_POOL.to_owned(), file: image.file.clone() });
+    let vm = format!("{peer}:{image}");
+    let wish = Request::Pull(PullRequest {
+        from: peer,
+        fetch: FetchRequest { image, to, replace, rate: how.rate.clone() },
+        deadline_s: how.deadline.map(|deadline| deadline.as_secs().max(1)),
+        detach: how.detach,
+    });
+    follow(global, &wish, Watched { vm, attached: how.attached }).await
 }
 
 pub(super) async fn watch(global: &Global, vm: String) -> Result<Exit, CommandError> {
@@ -156,7 +173,8 @@ fn end(global: &Global, response: Response) -> Result<Exit, CommandError> {
         Response::Done(Reply::Started(job)) => {
             print(global, &serde_json::json!({ "started": job }), |_| {
                 let (id, kind, vm, peer) = (job.id, job.kind, &job.vm, &job.peer);
-                format!("job {id}: {kind} {vm} to {peer}; `longhaul watch {vm}` follows it\n")
+                let toward = kind.preposition();
+                format!("job {id}: {kind} {vm} {toward} {peer}; `longhaul watch {vm}` follows it\n")
             });
             Ok(Exit::Done)
         }

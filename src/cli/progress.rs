@@ -84,7 +84,7 @@ impl Display {
 fn words(event: &Event) -> String {
     match event {
         Event::Admitted(JobSummary { id, kind, vm, peer, .. }) => {
-            format!("job {id}: {kind} {vm} to {peer}")
+            format!("job {id}: {kind} {vm} {} {peer}", kind.preposition())
         }
         Event::Progress(progress) => line(progress),
         Event::Indexing(progress) => indexing(progress),

@@ -66,6 +66,8 @@ pub(super) struct AgentTyped {
     pub(super) listen: Option<Spanned<String>>,
     pub(super) state_dir: Option<Spanned<PathBuf>>,
     pub(super) run_dir: Option<Spanned<PathBuf>>,
+    #[serde(default)]
+    pub(super) serves: Vec<Spanned<String>>,
 }
 
 #[derive(Deserialize, Default)]

@@ -12,6 +12,7 @@ use super::index::{IndexProgress, IndexRequest, IndexSummary};
 use super::limits::{JobLimits, LimitRequest, Limits};
 use super::load::{HostLoad, PlanView};
 use super::metrics::Metric;
+use super::store::{GcRequest, GcSummary};
 use super::verify::VerifySummary;
 use crate::calendar::{RateCalendar, Windows};
 use crate::migration::handover::Choice;
@@ -105,6 +106,8 @@ pub enum Request {
         /// Where it lies.
         image: String,
     },
+    /// What lies in the pools and is of no use any more.
+    StoreGc(GcRequest),
     /// Change caps, or ask which hold.
     Limit(LimitRequest),
     /// Stop the job that moves a VM; the guest runs on here.
@@ -123,6 +126,12 @@ pub enum Request {
     },
     /// Send an image without a VM.
     Push(PushRequest),
+    /// Fetch an image from a peer.
+    Pull(PullRequest),
+    /// A peer's wish: send it an image of this host's pools.
+    Fetch(FetchRequest),
+    /// A peer's question: how does a job stand that sends to it?
+    Job(JobQuestion),
     /// What this host and its VMs have asked for lately.
     Load {
         /// The mean over so many seconds.
@@ -198,6 +207,62 @@ pub struct PushRequest {
     /// Answer as soon as the job is admitted, not when it ended.
     #[serde(default)]
     pub detach: bool,
+}
+
+/// An image in a pool of some host's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageName {
+    /// The pool.
+    pub pool: String,
+    /// The file name in it.
+    pub file: String,
+}
+
+impl fmt::Display for ImageName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.pool, self.file)
+    }
+}
+
+/// What a pull should do. Its job goes by the peer's name, a colon and the image's name there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PullRequest {
+    /// The peer's name here.
+    pub from: String,
+    /// What is wanted.
+    #[serde(flatten)]
+    pub fetch: FetchRequest,
+    /// Seconds after which it gives up; none if absent.
+    #[serde(default)]
+    pub deadline_s: Option<u64>,
+    /// Answer as soon as the job is admitted, not when it ended.
+    #[serde(default)]
+    pub detach: bool,
+}
+
+/// An image that a host wants of a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchRequest {
+    /// The image at the peer.
+    pub image: ImageName,
+    /// What it is to be at the host that asks.
+    pub to: ImageName,
+    /// Replace an image of that name.
+    #[serde(default)]
+    pub replace: bool,
+    /// Cap for the job at the peer; the peer's own cap holds in any case.
+    #[serde(default)]
+    pub rate: Option<RateCalendar>,
+}
+
+/// A question about a job that sends to whoever asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobQuestion {
+    /// Its number.
+    pub id: u64,
+    /// It is to end.
+    #[serde(default)]
+    pub cancel: bool,
 }
 
 /// What a drain should do.
@@ -293,10 +358,14 @@ pub enum Reply {
     Started(JobSummary),
     /// A job that reached its end.
     Completed(Box<Completed>),
+    /// A job, whether or not it has ended.
+    Job(Box<JobStand>),
     /// The index of images.
     Index(Box<IndexSummary>),
     /// An image beside its record.
     Verified(Box<VerifySummary>),
+    /// What lies in the pools and is of no use any more.
+    Garbage(GcSummary),
     /// The caps that hold.
     Limits(Box<Limits>),
     /// All numbers.
@@ -396,6 +465,8 @@ pub enum JobKind {
     Migrate,
     /// Sends an image without a VM.
     Push,
+    /// Has a peer send one.
+    Pull,
 }
 
 impl JobKind {
@@ -405,7 +476,13 @@ impl JobKind {
             Self::Seed => "seed",
             Self::Migrate => "migration",
             Self::Push => "push",
+            Self::Pull => "pull",
         }
+    }
+
+    /// The word before the peer's name.
+    pub fn preposition(self) -> &'static str {
+        if self == Self::Pull { "from" } else { "to" }
     }
 }
 
@@ -415,6 +492,7 @@ impl fmt::Display for JobKind {
             Self::Seed => "seed",
             Self::Migrate => "migrate",
             Self::Push => "push",
+            Self::Pull => "pull",
         })
     }
 }
@@ -456,6 +534,16 @@ pub struct JobRecord {
     pub ended: jiff::Timestamp,
     /// How it ended.
     pub outcome: JobOutcome,
+}
+
+/// A job, whether or not it has ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JobStand {
+    /// It runs.
+    Runs(JobSummary),
+    /// It has ended.
+    Ended(JobRecord),
 }
 
 /// How a job ended.

@@ -20,6 +20,7 @@ mod line;
 mod load;
 mod message;
 mod metrics;
+mod store;
 mod verify;
 
 pub use crate::migration::chain;
@@ -34,11 +35,13 @@ pub use load::{
 };
 pub use longhaul_transport::BitRate;
 pub use message::{
-    Adopted, Answer, Checked, DrainRequest, EvacuateRequest, Event, InDoubt, JobKind, JobOutcome,
-    JobRecord, JobSummary, MoveRequest, OwnIdentity, PeerSummary, PushRequest, Reply, Request,
-    Response, Status, VmDetail, VmSource, VmSummary, WaitView,
+    Adopted, Answer, Checked, DrainRequest, EvacuateRequest, Event, FetchRequest, ImageName,
+    InDoubt, JobKind, JobOutcome, JobQuestion, JobRecord, JobStand, JobSummary, MoveRequest,
+    OwnIdentity, PeerSummary, PullRequest, PushRequest, Reply, Request, Response, Status, VmDetail,
+    VmSource, VmSummary, WaitView,
 };
 pub use metrics::{METRICS_MEDIA_TYPE, Metric, MetricKind, Sample, metrics_text};
+pub use store::{Garbage, GarbageKind, GcRequest, GcSummary};
 pub use verify::VerifySummary;
 
 /// Version of this language; raised when an old command or agent would misread the new one.

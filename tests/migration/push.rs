@@ -131,6 +131,53 @@ fn a_push_goes_on_where_it_was() {
     stage.finish(Side::A, None);
 }
 
+/// An image comes from a peer whose operator serves this host, and from no other; a pull that is
+/// cancelled ends at the peer, too, and goes on where it was.
+#[test]
+fn an_image_is_pulled_from_a_peer_that_serves() {
+    let setting = Setting { rate_mbit: 50, ..Setting::default() };
+    let Some(mut stage) = Stage::empty("pull", &setting) else { return };
+    let image = stage.pair.images(Side::A).join("golden.raw");
+    fs::rename(self::image(&stage, 4), &image).unwrap();
+    let pull = |stage: &Stage, arguments: &[&str]| {
+        let answer = stage.pair.ask(Side::B, &[&["pull"], arguments].concat());
+        answer.map_err(|error| format!("{error:#}"))
+    };
+    let refused = pull(&stage, &["a:golden.raw"]).unwrap_err();
+    assert!(refused.contains("does not serve") && refused.contains("agent.serves"), "{refused}");
+    let file = stage.pair.folder(Side::A).join("agent.toml");
+    let config = fs::read_to_string(&file).unwrap();
+    fs::write(&file, config.replacen("[agent]\n", "[agent]\nserves = [\"b\"]\n", 1)).unwrap();
+    stage.pair.stop(Side::A).unwrap();
+    stage.pair.restart(&stage.wan, Side::A).unwrap();
+    let unknown = pull(&stage, &["a:nothing.raw"]).unwrap_err();
+    assert!(unknown.contains("no image nothing.raw in pool default"), "{unknown}");
+    let outside = pull(&stage, &["a:nopool/golden.raw"]).unwrap_err();
+    assert!(outside.contains("no pool called nopool"), "{outside}");
+
+    // Cancelled in its middle.
+    let started = pull(&stage, &["a:golden.raw", "--detach"]).unwrap();
+    assert_eq!(started["started"]["kind"], "pull", "{started:#}");
+    let half = DATA_BYTES as u64 / 2;
+    let job = stage.first_job(Side::A);
+    stage.until_sent(job, half);
+    stage.pair.ask(Side::B, &["cancel", "a:default/golden.raw"]).unwrap();
+    let ended = stage.outcome(job);
+    assert_eq!(ended["failed"]["kind"], "cancelled", "{ended:#}");
+    assert!(!stage.pair.images(Side::B).join("golden.raw").exists());
+
+    let report = pull(&stage, &["a:golden.raw"]).unwrap()["completed"].clone();
+    assert_eq!(report["vm"], "a:default/golden.raw", "{report:#}");
+    let known = report["saved"]["disk_known_bytes"].as_u64().unwrap();
+    assert!(known + IN_FLIGHT_BYTES >= half, "{report:#}");
+    assert_arrived(&stage, &image);
+    let there = pull(&stage, &["a:golden.raw"]).unwrap_err();
+    assert!(there.contains("--replace"), "{there}");
+    pull(&stage, &["a:golden.raw", "default/copy.raw"]).unwrap();
+    assert!(stage.pair.images(Side::B).join("copy.raw").exists());
+    stage.finish(Side::B, None);
+}
+
 #[test]
 fn a_push_that_cannot_be_says_why_and_changes_nothing() {
     let Some(stage) = Stage::empty("pushno", &Setting::default()) else { return };

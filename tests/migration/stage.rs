@@ -212,6 +212,19 @@ impl Stage {
         self.outcome_at(Side::A, job)
     }
 
+    /// Waits until a job runs at this side, and gives its number.
+    pub(crate) fn first_job(&self, side: Side) -> u64 {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.pair.status(side).unwrap();
+            if let Some(id) = status["jobs"][0]["id"].as_u64() {
+                return id;
+            }
+            assert!(Instant::now() < deadline, "no job starts: {}", self.logs());
+            std::thread::sleep(LOOK_PERIOD);
+        }
+    }
+
     /// As `outcome`, of a job of either side.
     pub(crate) fn outcome_at(&self, side: Side, job: u64) -> Value {
         let deadline = Instant::now() + PATIENCE;

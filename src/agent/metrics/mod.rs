@@ -6,11 +6,15 @@
 //! would refuse the file (hence no `process_start_time_seconds`).
 
 pub(super) mod http;
+mod planner;
+
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use longhaul_transport::Class;
 
 use super::links::PeerLinks;
+use super::scheduling::Glance;
 use super::tally::{OUTCOMES, PHASES, Tally};
 use crate::control::{
     InDoubt, JobKind, JobOutcome, JobRecord, JobSummary, Limit, Limits, Metric, Status,
@@ -35,11 +39,14 @@ pub(super) struct Facts {
     pub(super) tallies: [Tally; 2],
     pub(super) last_migration: Option<JobRecord>,
     pub(super) links: Vec<PeerLinks>,
+    /// What its planner has seen and done, if it plans.
+    pub(super) planner: Option<Arc<Glance>>,
 }
 
 /// All numbers.
 pub(super) fn metrics(facts: &Facts) -> Vec<Metric> {
-    let Facts { started, status, conflicts, limits, tallies, last_migration, links } = facts;
+    let Facts { started, status, conflicts, limits, tallies, last_migration, links, planner } =
+        facts;
     let mut all = vec![
         Metric::gauge("longhaul_build_info", "The agent's version; always 1.")
             .with(&[("version", &status.version)], 1.0),
@@ -54,6 +61,7 @@ pub(super) fn metrics(facts: &Facts) -> Vec<Metric> {
     all.extend(caps(limits));
     all.extend(carried(links));
     all.extend(paths(links));
+    all.extend(planner.iter().flat_map(|glance| planner::planner(glance)));
     all
 }
 

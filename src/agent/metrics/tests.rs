@@ -6,7 +6,10 @@ use longhaul_transport::ClassBytes;
 
 use super::*;
 use crate::agent::links::{Carried, Path};
-use crate::control::{Failure, MetricKind, OwnIdentity, VmSummary, metrics_text};
+use crate::control::{
+    EvacuationView, Failure, HostView, MetricKind, OrderOutcome, OwnIdentity, VmSummary,
+    metrics_text,
+};
 use crate::migration::report::{Downtime, LinkReport, PhaseReport, Saved};
 use crate::migration::{Completed, Phase, Progress};
 
@@ -50,7 +53,54 @@ fn idle() -> Facts {
         tallies: [JobKind::Seed, JobKind::Migrate].map(Tally::new),
         last_migration: None,
         links: vec![],
+        planner: None,
     }
+}
+
+#[test]
+fn a_planner_tells_what_it_sees_and_what_came_of_its_orders() {
+    let host = |name: &str, trouble: Option<&str>| HostView {
+        name: name.into(),
+        cpu: trouble.is_none().then_some((1.5, 4.0)),
+        memory_mib: None,
+        vms: vec![],
+        is_in_maintenance: false,
+        sampled_at_s: Some(900),
+        trouble: trouble.map(str::to_owned),
+    };
+    let evacuation = EvacuationView {
+        site: "north".into(),
+        to: "south".into(),
+        deadline: at(5000),
+        is_under_way: true,
+        lines: vec![],
+        promised: vec!["db1".into(), "db2".into()],
+        left_behind: vec![],
+        saved: vec!["db1".into()],
+        could_save: vec![],
+    };
+    let glance = Glance {
+        hosts: vec![host("lyon", None), host("nice", Some("it does not answer"))],
+        moves: Some(2),
+        think_s: 0.25,
+        orders: vec![OrderOutcome::UnderWay, OrderOutcome::Lost, OrderOutcome::UnderWay],
+        evacuation: Some(evacuation),
+    };
+    assert_lines(
+        &Facts { planner: Some(Arc::new(glance)), ..idle() },
+        &[
+            "longhaul_planner_host_cpu_cores{cores=\"asked\",host=\"lyon\"} 1.5",
+            "longhaul_planner_host_heard{host=\"lyon\"} 1",
+            "longhaul_planner_host_heard{host=\"nice\"} 0",
+            "longhaul_planner_orders{outcome=\"under-way\"} 2",
+            "longhaul_planner_orders{outcome=\"failed\"} 0",
+            "longhaul_planner_planned_moves 2",
+            "longhaul_planner_think_seconds 0.25",
+            "longhaul_evacuation_vms{fate=\"saved\",site=\"north\"} 1",
+            "longhaul_evacuation_vms{fate=\"promised\",site=\"north\"} 2",
+            "longhaul_evacuation_deadline_time_seconds{site=\"north\"} 5000",
+        ],
+    );
 }
 
 fn vm(name: &str, state: &str) -> VmSummary {

@@ -19,6 +19,8 @@ mod record;
 mod store;
 mod view;
 
+pub(super) use view::Glance;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
@@ -59,6 +61,8 @@ pub(super) struct Scheduler {
     round: Mutex<Round>,
     /// Somebody wants a look now.
     wake: Notify,
+    /// What the last turn has shown.
+    glance: std::sync::Mutex<Option<Arc<Glance>>>,
 }
 
 /// What was seen, and what came of it.
@@ -110,6 +114,7 @@ impl Scheduler {
             records: Records::new(config.state_dir.join(PLANS_FILE)),
             round: Mutex::new(Round { memory, ..Round::default() }),
             wake: Notify::new(),
+            glance: std::sync::Mutex::default(),
         })))
     }
 
@@ -151,7 +156,9 @@ impl Scheduler {
             round.sample(now.as_second());
         }
         round.settle(now);
+        let began = Instant::now();
         let picture = round.think(self.rules(), now.as_second());
+        let think_s = began.elapsed().as_secs_f64();
         if let (Some(picture), Some(plan)) = (picture, &round.plan) {
             self.records.keep(&picture, &picture::policy(self.rules()), plan);
         }
@@ -159,6 +166,7 @@ impl Scheduler {
         self.evacuate_on(desk, &mut round).await;
         round.memory.forget(now.as_second());
         self.save(&round.memory);
+        self.take_glance(&round, think_s);
     }
 
     /// What is seen and planned, not older than [`FRESH`].

@@ -32,10 +32,12 @@ use crate::hypervisor::{
     TargetVm, VmSpec,
 };
 
+pub(crate) use super::pool::PART_SUFFIX;
+
 /// Suffix of the mark beside an image that is arriving.
 const INCOMING_SUFFIX: &str = ".longhaul-incoming";
 /// Suffix of the record beside an image; `dedup` keeps it.
-pub(super) const RECIPE_SUFFIX: &str = ".longhaul-recipe";
+pub(crate) const RECIPE_SUFFIX: &str = ".longhaul-recipe";
 /// Images that are considered as places to copy from.
 const KNOWN_IMAGES_MAX: usize = 4096;
 

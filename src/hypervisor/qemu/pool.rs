@@ -31,7 +31,7 @@ use crate::hypervisor::{
 };
 
 /// Suffix of an image that arrives.
-const PART_SUFFIX: &str = ".longhaul-part";
+pub(crate) const PART_SUFFIX: &str = ".longhaul-part";
 /// In every name that is Longhaul's own: no image is called so.
 const OWN_NAMES: &str = ".longhaul-";
 /// The longest name of an image: with all suffixes it still is a file name (255 bytes).
