@@ -300,6 +300,7 @@ mod tests {
                 "after_",
                 "fence",
                 "listen",
+                "serves",
                 "obeys",
                 "hosts",
                 "cores",

@@ -224,7 +224,7 @@ Example:
   longhaul verify /var/lib/longhaul/images/db1.raw")]
     Verify(VerifyArgs),
     /// Look after what lies in this host's pools
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  longhaul store gc")]
     Store(StoreCommand),
     /// Stop the job that moves a VM; the guest runs on here
     #[command(after_help = "\
