@@ -1,7 +1,7 @@
 //! Images that this host asks a peer for. The peer pushes; this side asks for it, and follows its job.
 //!
-//! Invariant: a peer gets only what its own operator's configuration serves (`agent.serves`), and sees or
-//! ends only jobs that send to it. What arrives here is written by the rules for any push.
+//! Invariant: a peer gets images only if this host's operator has named it (`agent.serves`), and sees or ends
+//! only jobs that send to it. What arrives here is written by the rules for any push.
 
 use std::time::Duration;
 

@@ -2,7 +2,8 @@
 //! this host serves for images.
 //!
 //! Invariant: only peers that this host's operator named (`scheduler.obeys`, `agent.serves`) are answered,
-//! and only what is listed in [`may_ask`], or in `pulling`: everything else that a command can do stays with who is on this host.
+//! and only what is listed in [`may_ask`], or in `pulling`: everything else that a command can do stays
+//! with who is on this host.
 //! The language is that of commands; an order is admitted by the same rules as a command's.
 
 use std::sync::{Arc, OnceLock, Weak};

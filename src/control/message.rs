@@ -651,6 +651,21 @@ mod tests {
                 }),
             ),
             (
+                json!({"pull": {"from": "lyon", "image": {"pool": "default", "file": "a.raw"},
+                    "to": {"pool": "fast", "file": "b.raw"}}}),
+                Request::Pull(PullRequest {
+                    from: "lyon".into(),
+                    fetch: FetchRequest {
+                        image: ImageName { pool: "default".into(), file: "a.raw".into() },
+                        to: ImageName { pool: "fast".into(), file: "b.raw".into() },
+                        replace: false,
+                        rate: None,
+                    },
+                    deadline_s: None,
+                    detach: false,
+                }),
+            ),
+            (
                 json!({"limit": {"vm": "db1", "classes": {"seed": "08:00-20:00=1M, else=2M"}}}),
                 Request::Limit(LimitRequest {
                     vm: Some("db1".into()),
