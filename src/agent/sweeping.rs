@@ -121,7 +121,7 @@ mod tests {
             "d.raw.longhaul-recipe",
             "notes.txt",
         ];
-        all.map(write);
+        all.iter().for_each(|name| write(name));
         let two_days = GcRequest { older_s: 2 * 86_400, go: false };
         let now = SystemTime::now();
         assert!(sweep(&pools, two_days, now).unwrap().garbage.is_empty(), "all of it is new");
