@@ -1,7 +1,7 @@
 //! Images that this host asks a peer for. The peer pushes; this side asks for it, and follows its job.
 //!
-//! Invariant: a peer gets images only if this host's operator has named it (`agent.serves`), and sees or ends
-//! only jobs that send to it. What arrives here is written by the rules for any push.
+//! Invariant: a peer gets images only if this host's operator has named it (`agent.serves`), and then
+//! sees or ends only pushes to itself. What arrives here is written by the rules for any push.
 
 use std::time::Duration;
 
@@ -123,12 +123,8 @@ impl Desk {
 
     /// The push that a peer asks for, if it is served.
     pub(super) fn fetched(&self, peer: &str, wish: FetchRequest) -> Result<PushRequest, Failure> {
+        self.must_serve(peer)?;
         let name = &self.config.name;
-        if !self.config.serves.iter().any(|served| served == peer) {
-            tracing::warn!(peer, "a peer that this host does not serve asked for an image");
-            let next = format!("on {name} add its name for that peer to agent.serves");
-            return Err(Failure::refused(format!("{name} does not serve this agent"), next));
-        }
         let FetchRequest { image, to, replace, rate } = wish;
         let next = "`longhaul index` on that host shows its images";
         let location = ImageLocation::Pool { pool: image.pool, file: image.file };
@@ -149,11 +145,23 @@ impl Desk {
         })
     }
 
-    /// How a job that sends to `peer` stands, after its end if that is wished.
+    fn must_serve(&self, peer: &str) -> Result<(), Failure> {
+        if self.config.serves.iter().any(|served| served == peer) {
+            return Ok(());
+        }
+        let name = &self.config.name;
+        tracing::warn!(peer, "a peer that this host does not serve asked for an image");
+        let next = format!("on {name} add its name for that peer to agent.serves");
+        Err(Failure::refused(format!("{name} does not serve this agent"), next))
+    }
+
+    /// How a push to `peer` stands; it is told to end if that is wished.
     pub(super) fn job_to(&self, peer: &str, question: JobQuestion) -> Result<JobStand, Failure> {
+        self.must_serve(peer)?;
+        let is_theirs = |kind: JobKind, to: &str| kind == JobKind::Push && to == peer;
         let stand = self.jobs.stand(question.id).filter(|stand| match stand {
-            JobStand::Runs(job) => job.peer == peer,
-            JobStand::Ended(job) => job.peer == peer,
+            JobStand::Runs(job) => is_theirs(job.kind, &job.peer),
+            JobStand::Ended(job) => is_theirs(job.kind, &job.peer),
         });
         let Some(stand) = stand else {
             let what = format!("{} has no job {} for this agent", self.config.name, question.id);

@@ -10,6 +10,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use longhaul_dedup::recipe::RecipeLog;
+
 use crate::control::{Failure, Garbage, GarbageKind, GcRequest, GcSummary};
 use crate::hypervisor::qemu::host::{PART_SUFFIX, RECIPE_SUFFIX};
 
@@ -56,7 +58,7 @@ pub(super) fn sweep(
 fn look(path: &Path, now: SystemTime) -> Option<Garbage> {
     let name = path.to_str()?;
     let (kind, files) = if name.ends_with(PART_SUFFIX) {
-        (GarbageKind::Unfinished, vec![path.to_owned(), record_of(path)])
+        (GarbageKind::Unfinished, vec![path.to_owned(), RecipeLog::path_for(path)])
     } else {
         let image = Path::new(name.strip_suffix(RECIPE_SUFFIX)?);
         // Whatever stands there, also what cannot be looked at, keeps its record.
@@ -80,16 +82,10 @@ fn look(path: &Path, now: SystemTime) -> Option<Garbage> {
     })
 }
 
-fn record_of(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(RECIPE_SUFFIX);
-    name.into()
-}
-
 fn remove(one: &mut Garbage) {
     let path = Path::new(&one.path);
     let removed = fs::remove_file(path).and_then(|()| match one.kind {
-        GarbageKind::Unfinished => match fs::remove_file(record_of(path)) {
+        GarbageKind::Unfinished => match fs::remove_file(RecipeLog::path_for(path)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         },

@@ -210,11 +210,8 @@ impl JournalDir {
 
     /// Every attempt with something left to do.
     pub fn unfinished(&self) -> io::Result<Vec<History>> {
-        let (known, appended) = {
-            let ended = self.lock_ended();
-            (ended.jobs.clone(), ended.appended)
-        };
-        let mut found = self.all(|job| !known.contains(&job))?;
+        let appended = self.lock_ended().appended;
+        let mut found = self.all(|job| !self.lock_ended().jobs.contains(&job))?;
         {
             let mut ended = self.lock_ended();
             if ended.appended == appended {

@@ -148,13 +148,9 @@ impl Bbr {
     }
 
     fn start_up(&mut self, now: Instant) {
-        self.cycle.since = now;
-        self.cycle.phase = Phase::Up;
         self.cycle.fast = false;
         self.start_gaining();
-        self.start_round();
-        self.reset_full_pipe();
-        self.raise_slope();
+        self.go_up(now);
     }
 
     /// Whether the last acknowledgements of a probe that has ended tell that there is room: it has ended
@@ -168,10 +164,14 @@ impl Bbr {
 
     /// Goes on with the probe that has just ended.
     fn go_on_up(&mut self, now: Instant) {
-        self.cycle.since = now;
-        self.cycle.phase = Phase::Up;
         self.cycle.samples = true;
         self.go_on_gaining();
+        self.go_up(now);
+    }
+
+    fn go_up(&mut self, now: Instant) {
+        self.cycle.since = now;
+        self.cycle.phase = Phase::Up;
         self.start_round();
         self.reset_full_pipe();
         self.raise_slope();
