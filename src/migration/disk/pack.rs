@@ -28,10 +28,9 @@ use super::super::meter::Meter;
 /// Payload of one bundle, at most. Twice as much would gain 1 % more and take twice the memory, for each
 /// coder and for each bundle that waits at the target.
 const BUNDLE_BYTES: u64 = 8 << 20;
-/// What a bundle should come to at most, coded: what is lost of it with a killed agent is sent again.
-const CODED_BYTES: u64 = 5 << 19;
-/// Payload of one bundle, at most, however badly that compresses.
-const BUNDLE_BYTES_MIN: u64 = 2 << 20;
+/// Payload of one bundle, at most, however badly that compresses: of what does not compress, long bundles
+/// gain nothing, and what is half there when an agent is killed is sent again.
+const BUNDLE_BYTES_MIN: u64 = 5 << 18;
 /// Coded bytes that are handed to the transport at once on the shortest path.
 const SENDING_BYTES_MIN: u64 = 512 << 10;
 /// Bundles that are handed to the transport at once: one stream has less in its window than a long path
@@ -254,8 +253,7 @@ impl<'a> Packer<'a> {
                 has_room = may(gathered);
                 if has_room {
                     gathered.sending += bytes;
-                    let limit = CODED_BYTES * payload.max(1) / bytes.max(1);
-                    gathered.limit = limit.clamp(BUNDLE_BYTES_MIN, BUNDLE_BYTES);
+                    gathered.limit = limit(payload, bytes);
                 }
                 has_room
             });
@@ -277,4 +275,12 @@ impl<'a> Packer<'a> {
         // The sender is this one's own: it cannot be gone.
         let _ = gathered.wait_for(holds).await;
     }
+}
+
+/// Payload of a bundle, at most, where `payload` came to `bytes` when coded: by the square of how well that
+/// compressed. At 2 : 1 and beyond as much as ever gains.
+fn limit(payload: u64, bytes: u64) -> u64 {
+    let ratio = payload.max(1) as f64 / bytes.max(1) as f64;
+    let limit = BUNDLE_BYTES_MIN as f64 * ratio * ratio;
+    (limit as u64).clamp(BUNDLE_BYTES_MIN, BUNDLE_BYTES)
 }

@@ -38,7 +38,7 @@ const UP_GAIN: f64 = 1.1;
 const RISE_GROWTH: f64 = 1.06;
 /// How much faster it sends from round to round when it starts: what it has sent too much by the time
 /// that it sees a queue is half a round trip's worth.
-pub(super) const STARTUP_GAIN: f64 = 1.5;
+pub(super) const STARTUP_GAIN: f64 = 2.0;
 /// For how long the lowest round trip counts, at least; at most twice as long. Routes change, and
 /// until a longer one is known as such it looks like a queue.
 const BASE_TIME: Duration = Duration::from_secs(20);
