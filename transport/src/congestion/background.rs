@@ -36,9 +36,11 @@ const FLOOR_RATE: u64 = 125_000;
 const UP_GAIN: f64 = 1.1;
 /// What such a probe gains at least where there is room.
 const RISE_GROWTH: f64 = 1.06;
-/// How much faster it sends from round to round when it starts: what it has sent too much by the time
-/// that it sees a queue is half a round trip's worth.
-pub(super) const STARTUP_GAIN: f64 = 2.0;
+/// How much faster it sends from round to round when it starts, and when it starts again after it has
+/// yielded: there others were a moment ago, and what it has sent too much by the time that it sees a queue
+/// is half a round trip's worth.
+const STARTUP_GAIN: f64 = 2.0;
+const STARTUP_AGAIN_GAIN: f64 = 1.5;
 /// For how long the lowest round trip counts, at least; at most twice as long. Routes change, and
 /// until a longer one is known as such it looks like a queue.
 const BASE_TIME: Duration = Duration::from_secs(20);
@@ -47,7 +49,7 @@ const BASE_TIME: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone)]
 pub(super) struct Background {
     on: bool,
-    /// Bytes a second while yielding.
+    /// Bytes a second while yielding; 0 before it first did.
     floor: u64,
     /// Since when a queue is seen without a break, and since when none is.
     queued_since: Option<Instant>,
@@ -75,6 +77,10 @@ impl Background {
 
     pub(super) fn floor(&self) -> u64 {
         self.floor
+    }
+
+    pub(super) fn startup_gain(&self) -> f64 {
+        if self.floor == 0 { STARTUP_GAIN } else { STARTUP_AGAIN_GAIN }
     }
 
     /// The lowest round trip of the last while, `rtt` included.

@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::background::{self, Background};
+use super::background::Background;
 use super::cycle::{Cycle, Phase};
 use super::delivery::{Delivery, Flight, Sample};
 use super::full_pipe::FullPipe;
@@ -417,7 +417,7 @@ impl Bbr {
     fn set_pacing_rate(&mut self) {
         let rate = self.bandwidth() as f64 * (1.0 - PACING_MARGIN);
         let gain = match self.state {
-            State::Startup if self.background.is_on() => background::STARTUP_GAIN,
+            State::Startup if self.background.is_on() => self.background.startup_gain(),
             State::Startup => STARTUP_PACING_GAIN,
             State::Drain => DRAIN_PACING_GAIN,
             State::ProbeBw => self.phase_gain(),
