@@ -70,6 +70,8 @@ enum SimulateCommand {
     Consolidate(simulate::consolidate::ConsolidatePlan),
     /// Out before a deadline: the planner beside simple orders and a proven bound.
     Evacuate(simulate::evacuate::EvacuatePlan),
+    /// The load of links up to a day ahead: the forecaster beside simple rules.
+    Forecasts(simulate::forecasts::ForecastPlan),
     /// Time one balance decision over many hosts and VMs.
     Light(simulate::light::LightPlan),
 }
@@ -233,6 +235,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         Area::Simulate(SimulateCommand::Consolidate(plan)) => {
             simulate::consolidate::consolidate(&plan)?;
         }
+        Area::Simulate(SimulateCommand::Forecasts(plan)) => simulate::forecasts::forecasts(&plan)?,
         Area::Simulate(SimulateCommand::Light(plan)) => simulate::light::light(&plan)?,
         Area::Simulate(SimulateCommand::Evacuate(plan)) => simulate::evacuate::evacuate(&plan)?,
         Area::Compare(comparison) => {

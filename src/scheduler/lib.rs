@@ -4,7 +4,7 @@
 //! decide, and acts on nothing: the same input gives the same plan to the last bit, so live runs, dry
 //! runs, simulation and replay are one call, and without a component that acts nothing can move.
 //!
-//! Reading order: [`state`] (what is known), [`forecast`] (what is expected), [`policy`] (what is
+//! Reading order: [`state`] (what is known), [`forecast`] and [`season`] (what is expected), [`policy`] (what is
 //! allowed), [`decision`] (what comes out), `what_if` (the hosts as a plan would leave them), then the
 //! goals: `balance` and `consolidate`. Apart from them, with a deadline instead of a policy:
 //! [`evacuate`] (who gets out of a site before it fails).
@@ -15,6 +15,7 @@ pub mod decision;
 pub mod evacuate;
 pub mod forecast;
 pub mod policy;
+pub mod season;
 pub mod state;
 mod what_if;
 

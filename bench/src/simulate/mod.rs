@@ -5,13 +5,14 @@
 //!
 //! Reading order: [`traces`] (what is played), `machine` (hosts, VMs, how a host shares its CPU),
 //! [`rivals`] (who moves what where), [`day`] (the clock), [`account`] (what it cost), then what the
-//! planner is measured by: [`consolidate`], [`balance`] and [`evacuate`].
+//! planner is measured by: [`consolidate`], [`balance`], [`evacuate`] and [`forecasts`].
 
 pub mod account;
 pub mod balance;
 pub mod consolidate;
 pub mod day;
 pub mod evacuate;
+pub mod forecasts;
 pub mod light;
 mod machine;
 pub mod rivals;

@@ -119,6 +119,86 @@ pub fn transatlantic(folder: &Path) -> Result<Vec<f64>> {
     Ok(load)
 }
 
+/// Recorded load of a link or a node, in units of its own.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LinkLoad {
+    /// `transatlantic`, `uk`, `abilene`, `abilene ATLAM5`, ..
+    pub name: String,
+    /// One node of a network whose sum is a series too.
+    pub is_part: bool,
+    /// Seconds from sample to sample.
+    pub sample_s: f64,
+    /// The slot that a forecaster of it should have.
+    pub slot_s: u32,
+    /// The samples.
+    pub values: Vec<f64>,
+}
+
+/// Seconds from sample to sample of the transatlantic link: its day has 283.19 of them, not 288 as its
+/// stamps say.
+const TRANSATLANTIC_S: f64 = 86_400.0 / 283.19;
+
+/// Reads the load of all links: transatlantic, the UK's academic backbone, Abilene and GEANT, the last two
+/// as a whole and by what enters at each node.
+///
+/// # Errors
+///
+/// When a file is missing or has a line that is not of its kind.
+pub fn links(folder: &Path) -> Result<Vec<LinkLoad>> {
+    let mut all = vec![LinkLoad {
+        name: "transatlantic".to_owned(),
+        is_part: false,
+        sample_s: TRANSATLANTIC_S,
+        slot_s: 300,
+        values: transatlantic(folder)?,
+    }];
+    let mut uk = Vec::new();
+    for fields in table(&folder.join("wan_uk_academic_2004_5min.csv.zst"))?.iter().skip(1) {
+        uk.push(fields.get(1).context("a line without a load")?.parse()?);
+    }
+    let (name, is_part) = ("uk".to_owned(), false);
+    all.push(LinkLoad { name, is_part, sample_s: 300.0, slot_s: 300, values: uk });
+    let abilene = folder.join("wan_abilene_2004-03-01_2weeks_5min.csv.zst");
+    all.extend(nodes("abilene", &abilene, 300)?);
+    all.extend(nodes("geant", &folder.join("wan_geant_week_15min_kbps.csv.zst"), 900)?);
+    Ok(all)
+}
+
+/// A matrix `time, A>B, ..`: its sum, and what each node sends to others.
+fn nodes(network: &str, path: &Path, sample_s: u32) -> Result<Vec<LinkLoad>> {
+    let lines = table(path)?;
+    let (head, lines) = lines.split_first().context("an empty matrix")?;
+    let of = |name: String, is_part: bool| LinkLoad {
+        name,
+        is_part,
+        sample_s: f64::from(sample_s),
+        slot_s: sample_s,
+        values: vec![0.0; lines.len()],
+    };
+    let mut all = vec![of(network.to_owned(), false)];
+    let mut places = Vec::new();
+    for pair in head.iter().skip(1) {
+        let (from, to) = pair.split_once('>').with_context(|| format!("{pair:?} is no pair"))?;
+        let name = format!("{network} {from}");
+        let known = all.iter().position(|load| load.name == name);
+        let place = known.unwrap_or_else(|| {
+            all.push(of(name, true));
+            all.len() - 1
+        });
+        places.push((place, from == to));
+    }
+    for (at, fields) in lines.iter().enumerate() {
+        for (field, (place, stays)) in fields.iter().skip(1).zip(&places) {
+            let value: f64 = if field.is_empty() { 0.0 } else { field.parse()? };
+            all[0].values[at] += value;
+            if !stays {
+                all[*place].values[at] += value;
+            }
+        }
+    }
+    Ok(all)
+}
+
 /// A number and samples on each line. A sample that is missing repeats the one before it.
 fn samples(path: &Path) -> Result<Vec<Vec<f64>>> {
     let mut all: Vec<Vec<f64>> = Vec::new();
