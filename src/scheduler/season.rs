@@ -97,8 +97,10 @@ impl Ahead {
 
     /// What came where the oldest that was said spoke of.
     fn learn(&mut self, came: f64, per_day: f64) {
-        let is_due = self.said.len() >= self.slots;
-        let Some(said) = self.said.pop_front().filter(|_| is_due) else { return };
+        if self.said.len() < self.slots {
+            return;
+        }
+        let Some(said) = self.said.pop_front() else { return };
         let forget = if self.misses.is_empty() { 1.0 } else { 1.0 / (FORGET_DAYS * per_day) };
         for (error, said) in self.errors.iter_mut().zip(said.each) {
             *error += forget * ((came - said).abs() - *error);
