@@ -73,7 +73,8 @@ struct Ahead {
     /// Logarithms of what came over what was expected: as they came, and sorted.
     misses: VecDeque<f64>,
     sorted: Vec<f64>,
-    /// The quantile that is the mark now.
+    /// The quantile that is the mark now. What goes beyond 0 and 1 is not forgotten: what comes back a day
+    /// late would else be counted only where it lowers the mark.
     quantile: f64,
 }
 
@@ -107,7 +108,6 @@ impl Ahead {
         }
         let passed = came > said.outlook.high;
         self.quantile += FOLLOW * (HIGH - if passed { 0.0 } else { 1.0 });
-        self.quantile = self.quantile.clamp(0.02, 0.98);
         if came <= 0.0 || said.outlook.mean <= 0.0 {
             return;
         }
@@ -134,7 +134,7 @@ impl Ahead {
             all += weight;
         }
         let mean = if all > 0.0 { sum / all } else { 0.0 };
-        let at = (self.quantile * self.sorted.len() as f64) as usize;
+        let at = (self.quantile.clamp(0.0, 1.0) * self.sorted.len() as f64) as usize;
         let miss = self.sorted.get(at.min(self.sorted.len().saturating_sub(1)));
         Outlook { mean, high: mean * miss.copied().unwrap_or(COLD).exp() }
     }

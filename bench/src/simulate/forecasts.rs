@@ -77,8 +77,7 @@ pub fn forecasts(plan: &ForecastPlan) -> Result<()> {
             let bound = ERROR_MAX.iter().find(|(name, _)| is_day && *name == load.name);
             let error_max = bound.map(|(_, most)| *most);
             let length_s = load.values.len() as f64 * load.sample_s;
-            let held_is_judged =
-                ahead_s <= 3600.0 && !load.is_part || is_day && length_s >= LONG_S;
+            let held_is_judged = ahead_s <= 3600.0 && !load.is_part || is_day && length_s >= LONG_S;
             let row = ForecastRow {
                 made: Made::now(&Revision::current()?)?,
                 series: load.name.clone(),
