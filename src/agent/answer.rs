@@ -246,14 +246,18 @@ impl Desk {
         kind: JobKind,
         wish: MoveRequest,
     ) -> Result<Reaction, Failure> {
-        let MoveRequest { vm, to, downtime_limit_ms, deadline_s, rate, detach, .. } = wish;
+        let MoveRequest { vm, to, downtime_limit_ms, deadline_s, rate, background, detach, .. } =
+            wish;
         let peer = self.peers.get(&to).map_err(problem_failure)?;
         let default_ms = u64::try_from(self.config.limits.downtime.as_millis());
         let downtime_limit_ms = match downtime_limit_ms {
             Some(ms) => valid_downtime_limit(ms).map_err(problem_failure)?,
             None => default_ms.unwrap_or(u64::MAX),
         };
-        let options = MoveOptions { downtime_limit_ms, deadline_s, rate, image: None, fetch: None };
+        let (image, fetch) = (None, None);
+        // A guest that moves is waited for.
+        let background = background && kind == JobKind::Seed;
+        let options = MoveOptions { downtime_limit_ms, deadline_s, rate, background, image, fetch };
         let in_doubt = self.is_in_doubt(&vm).await;
         let vm_known = self.registry.knows(&vm);
         self.start_job(&Wish { kind, vm, vm_known, in_doubt }, peer, options, detach)
@@ -301,7 +305,8 @@ impl Desk {
 
     /// Starts a push; the image is this host's operator's to name.
     fn push(&self, wish: PushRequest) -> Result<Reaction, Failure> {
-        let PushRequest { image, to, pool, file, replace, deadline_s, rate, detach } = wish;
+        let PushRequest { image, to, pool, file, replace, deadline_s, rate, background, detach } =
+            wish;
         let peer = self.peers.get(&to).map_err(problem_failure)?;
         let path = PathBuf::from(&image);
         if !path.is_absolute() || !path.exists() {
@@ -313,6 +318,7 @@ impl Desk {
             downtime_limit_ms: 0,
             deadline_s,
             rate,
+            background,
             image: Some(image_job),
             fetch: None,
         };

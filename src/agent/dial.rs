@@ -24,7 +24,7 @@ pub struct Phone {
 impl Phone {
     /// Dials `peer`, for sessions under `rate`.
     pub(crate) fn dialer(&self, peer: &str, rate: JobRate) -> Dialer {
-        Dialer { phone: self.clone(), peer: peer.to_owned(), rate }
+        Dialer { phone: self.clone(), peer: peer.to_owned(), rate, background: false }
     }
 }
 
@@ -33,9 +33,15 @@ pub(crate) struct Dialer {
     phone: Phone,
     peer: String,
     rate: JobRate,
+    background: bool,
 }
 
 impl Dialer {
+    /// Its sessions take only what others leave of the link.
+    pub(crate) fn in_background(self, background: bool) -> Self {
+        Self { background, ..self }
+    }
+
     /// The peer's name at this host.
     pub(crate) fn peer(&self) -> &str {
         &self.peer
@@ -53,6 +59,7 @@ impl Dial for Dialer {
             match endpoint.connect(address, peer.fingerprint).await {
                 Ok(session) => {
                     session.set_rate(self.rate.clone());
+                    session.set_background(self.background);
                     links.count(&self.peer, &session);
                     return Ok(session);
                 }

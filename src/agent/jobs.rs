@@ -53,6 +53,8 @@ pub struct MoveOptions {
     pub deadline_s: Option<u64>,
     /// Cap for this job, below the agent's own.
     pub rate: Option<RateCalendar>,
+    /// It takes only what others leave of the link.
+    pub background: bool,
     /// What a push sends where.
     pub image: Option<ImageJob>,
     /// What a pull asks for.

@@ -96,8 +96,14 @@ fn start(jobs: &Arc<Jobs>, vm: &str, deadline_s: Option<u64>) -> Result<Follow, 
     let wish = Wish { kind: JobKind::Migrate, vm: vm.to_owned(), vm_known: true, in_doubt: false };
     let fingerprint = Fingerprint::from_bytes([1; 32]);
     let peer = Peer { name: "lyon".into(), address: "192.0.2.1:4873".into(), fingerprint };
-    let options =
-        MoveOptions { downtime_limit_ms: 300, deadline_s, rate: None, image: None, fetch: None };
+    let options = MoveOptions {
+        downtime_limit_ms: 300,
+        deadline_s,
+        rate: None,
+        background: false,
+        image: None,
+        fetch: None,
+    };
     jobs.start(&wish, peer, options)
 }
 

@@ -135,6 +135,7 @@ impl MigrationMover {
     ) -> Result<Completed, Failure> {
         let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
         let dial = self.phone.dialer(&job.peer.name, caps.rate());
+        let dial = dial.in_background(job.options.background);
         let limit_ms = job.options.downtime_limit_ms as f64;
         let deadline = job.options.deadline_s.map_or(DEADLINE_DEFAULT, Duration::from_secs);
         let order = job::Job {
@@ -195,6 +196,7 @@ impl MigrationMover {
         };
         let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
         let dial = self.phone.dialer(&job.peer.name, caps.rate());
+        let dial = dial.in_background(job.options.background);
         let attempt = || async {
             let attempt = async {
                 let session = dial.dial().await;

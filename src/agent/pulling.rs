@@ -114,6 +114,7 @@ impl Desk {
             downtime_limit_ms: 0,
             deadline_s,
             rate: None,
+            background: false,
             image: None,
             fetch: Some(fetch),
         };
@@ -125,7 +126,7 @@ impl Desk {
     pub(super) fn fetched(&self, peer: &str, wish: FetchRequest) -> Result<PushRequest, Failure> {
         self.must_serve(peer)?;
         let name = &self.config.name;
-        let FetchRequest { image, to, replace, rate } = wish;
+        let FetchRequest { image, to, replace, rate, background } = wish;
         let next = "`longhaul index` on that host shows its images";
         let location = ImageLocation::Pool { pool: image.pool, file: image.file };
         let image =
@@ -141,6 +142,7 @@ impl Desk {
             replace,
             deadline_s: None,
             rate,
+            background,
             detach: true,
         })
     }

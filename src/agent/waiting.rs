@@ -263,6 +263,7 @@ impl Entry {
             downtime_limit_ms: *downtime_limit_ms,
             deadline_s: left_s,
             rate: rate.clone(),
+            background: false,
             detach: false,
             windows: None,
         };
@@ -369,6 +370,7 @@ mod tests {
             downtime_limit_ms: None,
             deadline_s: Some(3600),
             rate: "20M".parse().ok(),
+            background: false,
             detach: false,
             windows: None,
         };

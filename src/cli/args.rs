@@ -114,11 +114,12 @@ Example:
     /// Send a VM's disks ahead of time, while it runs
     #[command(after_help = "\
 A seed can be stopped at any time and started again: what has arrived stays and is not sent twice.
-It yields to other traffic on the link. From then on the VM's writes are tracked, so that the next
-seed or migration sends only those; --forget ends that.
+With --background it yields to other traffic on the link. From then on the VM's writes are tracked,
+so that the next seed or migration sends only those; --forget ends that.
 
 Example:
   longhaul seed db1 --to lyon --rate 20M
+  longhaul seed db1 --to lyon --background
   longhaul seed db1 --forget")]
     Seed(SeedArgs),
     /// Move a running VM to a peer
@@ -587,8 +588,11 @@ pub struct SeedArgs {
     #[arg(long, value_name = "PEER", required_unless_present = "forget")]
     pub to: Option<String>,
     /// Stop tracking what the VM writes since its last seed; what lies at the peer stays there
-    #[arg(long, conflicts_with_all = ["to", "rate", "deadline", "detach", "attached"])]
+    #[arg(long, conflicts_with_all = ["to", "background", "rate", "deadline", "detach", "attached"])]
     pub forget: bool,
+    /// Take only what others leave of the link: for what nobody waits for
+    #[arg(long)]
+    pub background: bool,
     /// How.
     #[command(flatten)]
     pub how: MoveArgs,
@@ -624,6 +628,9 @@ pub struct PushArgs {
     /// Replace an image of that name
     #[arg(long)]
     pub replace: bool,
+    /// Take only what others leave of the link: for what nobody waits for
+    #[arg(long)]
+    pub background: bool,
     /// How.
     #[command(flatten)]
     pub how: MoveArgs,
@@ -641,6 +648,9 @@ pub struct PullArgs {
     /// Replace an image of that name
     #[arg(long)]
     pub replace: bool,
+    /// Take only what others leave of the link: for what nobody waits for
+    #[arg(long)]
+    pub background: bool,
     /// How.
     #[command(flatten)]
     pub how: MoveArgs,

@@ -13,11 +13,11 @@ use crate::control::{
 };
 
 pub(super) async fn seed(global: &Global, args: SeedArgs) -> Result<Exit, CommandError> {
-    let SeedArgs { vm, to, how, .. } = args;
+    let SeedArgs { vm, to, background, how, .. } = args;
     let Some(to) = to else {
         return ask_and_say(global, &Request::SeedForget { vm }).await;
     };
-    let wish = Request::Seed(request(&vm, to, &how, None));
+    let wish = Request::Seed(MoveRequest { background, ..request(&vm, to, &how, None) });
     follow(global, &wish, Watched { vm, attached: how.attached }).await
 }
 
@@ -34,8 +34,8 @@ pub(super) async fn migrate(global: &Global, args: MigrateArgs) -> Result<Exit, 
 }
 
 pub(super) async fn push(global: &Global, args: PushArgs) -> Result<Exit, CommandError> {
-    let PushArgs { image, to: Place { peer, image: ImageName { pool, file } }, replace, how } =
-        args;
+    let PushArgs { image, to: Place { peer, image: name }, replace, background, how } = args;
+    let ImageName { pool, file } = name;
     let image = std::path::absolute(&image).unwrap_or(image);
     let Some(image) = image.to_str().map(str::to_owned) else {
         return Err(
@@ -50,19 +50,20 @@ pub(super) async fn push(global: &Global, args: PushArgs) -> Result<Exit, Comman
         replace,
         deadline_s: how.deadline.map(|deadline| deadline.as_secs().max(1)),
         rate: how.rate.clone(),
+        background,
         detach: how.detach,
     });
     follow(global, &wish, Watched { vm: image, attached: how.attached }).await
 }
 
 pub(super) async fn pull(global: &Global, args: PullArgs) -> Result<Exit, CommandError> {
-    let PullArgs { image: Place { peer, image }, to, replace, how } = args;
+    let PullArgs { image: Place { peer, image }, to, replace, background, how } = args;
     let to =
         to.unwrap_or_else(|| ImageName { pool: DEFAULT_POOL.to_owned(), file: image.file.clone() });
     let vm = format!("{peer}:{image}");
     let wish = Request::Pull(PullRequest {
         from: peer,
-        fetch: FetchRequest { image, to, replace, rate: how.rate.clone() },
+        fetch: FetchRequest { image, to, replace, rate: how.rate.clone(), background },
         deadline_s: how.deadline.map(|deadline| deadline.as_secs().max(1)),
         detach: how.detach,
     });
@@ -86,6 +87,7 @@ fn request(vm: &str, to: String, how: &MoveArgs, downtime_limit_ms: Option<u64>)
         // A deadline of less than a second would be none.
         deadline_s: how.deadline.map(|deadline| deadline.as_secs().max(1)),
         rate: how.rate.clone(),
+        background: false,
         detach: how.detach,
         windows: None,
     }

@@ -176,6 +176,9 @@ pub struct MoveRequest {
     /// Cap for this job; the agent's own cap holds in any case.
     #[serde(default)]
     pub rate: Option<RateCalendar>,
+    /// Take only what others leave of the link; a migration does not.
+    #[serde(default)]
+    pub background: bool,
     /// Answer as soon as the job is admitted, not when it ended.
     #[serde(default)]
     pub detach: bool,
@@ -204,6 +207,9 @@ pub struct PushRequest {
     /// Cap for this job; the agent's own cap holds in any case.
     #[serde(default)]
     pub rate: Option<RateCalendar>,
+    /// Take only what others leave of the link.
+    #[serde(default)]
+    pub background: bool,
     /// Answer as soon as the job is admitted, not when it ended.
     #[serde(default)]
     pub detach: bool,
@@ -253,6 +259,9 @@ pub struct FetchRequest {
     /// Cap for the job at the peer; the peer's own cap holds in any case.
     #[serde(default)]
     pub rate: Option<RateCalendar>,
+    /// Take only what others leave of the link.
+    #[serde(default)]
+    pub background: bool,
 }
 
 /// A question about a job that sends to whoever asks.
@@ -646,6 +655,7 @@ mod tests {
                     downtime_limit_ms: None,
                     deadline_s: None,
                     rate: "20M".parse().ok(),
+                    background: false,
                     detach: false,
                     windows: None,
                 }),
@@ -660,6 +670,7 @@ mod tests {
                         to: ImageName { pool: "fast".into(), file: "b.raw".into() },
                         replace: false,
                         rate: None,
+                        background: false,
                     },
                     deadline_s: None,
                     detach: false,

@@ -87,6 +87,9 @@ pub struct LinkReport {
     pub pacing_bits_per_s: u64,
     /// Bits a second that the path is thought to deliver; 0 if that is not known.
     pub bandwidth_bits_per_s: u64,
+    /// Whether it takes only what others leave.
+    #[serde(default)]
+    pub background: bool,
     /// How often the session has gone on over another connection.
     pub reconnects: u64,
     /// For how long the link has been down now; 0 if it is up.

@@ -73,8 +73,9 @@ struct Ahead {
     /// Logarithms of what came over what was expected: as they came, and sorted.
     misses: VecDeque<f64>,
     sorted: Vec<f64>,
-    /// The quantile that is the mark now. What goes beyond 0 and 1 is not forgotten: what comes back a day
-    /// late would else be counted only where it lowers the mark.
+    /// The quantile that is the mark now. It goes beyond 0 and 1 by what is judged before a change of it can
+    /// show: to stop there would count what comes back a day late only where it lowers the mark, and without
+    /// any end a series that never changed would leave it out of reach.
     quantile: f64,
 }
 
@@ -108,6 +109,8 @@ impl Ahead {
         }
         let passed = came > said.outlook.high;
         self.quantile += FOLLOW * (HIGH - if passed { 0.0 } else { 1.0 });
+        let reach = FOLLOW * self.slots as f64;
+        self.quantile = self.quantile.clamp(-reach * (1.0 - HIGH), 1.0 + reach * HIGH);
         if came <= 0.0 || said.outlook.mean <= 0.0 {
             return;
         }
@@ -386,6 +389,19 @@ mod tests {
         }
         let share = f64::from(below) / f64::from(all);
         assert!((0.78..0.82).contains(&share), "{share}");
+    }
+
+    #[test]
+    fn a_series_that_never_changed_leaves_the_mark_in_reach() {
+        let mut season = after(30, |_| 50.0);
+        let mut passed = 0;
+        for slot in 30 * 288..32 * 288 {
+            let value = if slot % 2 == 0 { 40.0 } else { 60.0 };
+            let said = season.outlook(slot * SLOT).unwrap();
+            passed += u32::from(slot >= 31 * 288 && value > said.high);
+            season.observe(slot * SLOT, value);
+        }
+        assert!((40..75).contains(&passed), "{passed}");
     }
 
     #[test]

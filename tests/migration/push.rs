@@ -61,7 +61,9 @@ fn an_image_goes_to_a_peer_and_only_what_changed_goes_again() {
     // It has its name: another one takes that only if it is told to.
     let refused = push(&stage, &image, &[]).unwrap_err();
     assert!(refused.contains("--replace"), "{refused}");
-    let again = push(&stage, &image, &["--replace"]).unwrap();
+    let again = push(&stage, &image, &["--replace", "--background"]).unwrap();
+    let yields = [&report, &again].map(|report| report["link"]["background"].as_bool());
+    assert_eq!(yields, [Some(false), Some(true)], "{again:#}");
     assert!(wire(&again) < 32 << 10, "{again:#}");
     assert_arrived(&stage, &image);
 
@@ -173,7 +175,7 @@ fn an_image_is_pulled_from_a_peer_that_serves() {
     assert_arrived(&stage, &image);
     let there = pull(&stage, &["a:golden.raw"]).unwrap_err();
     assert!(there.contains("--replace"), "{there}");
-    pull(&stage, &["a:golden.raw", "default/copy.raw"]).unwrap();
+    pull(&stage, &["a:golden.raw", "default/copy.raw", "--background"]).unwrap();
     assert!(stage.pair.images(Side::B).join("copy.raw").exists());
     stage.finish(Side::B, None);
 }

@@ -340,6 +340,10 @@ impl Pacing {
         state.show_background();
     }
 
+    pub(crate) fn is_background(&self) -> bool {
+        self.place.state().background
+    }
+
     /// Puts the connection under the caps of `rate`.
     pub(crate) fn set_rate(&self, rate: JobRate) {
         self.place.state().rate = Some(rate);

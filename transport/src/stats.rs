@@ -51,6 +51,8 @@ pub struct PathStats {
     pub pacing_rate: u64,
     /// What the path is thought to deliver to this session, bytes a second; 0 while that is not known.
     pub bandwidth: u64,
+    /// Whether what this side sends yields to others.
+    pub background: bool,
     /// UDP payload that the path is known to carry, bytes.
     pub mtu: u16,
     /// How often the session has gone on over another connection.
@@ -150,6 +152,7 @@ impl Counters {
             cwnd: path.cwnd,
             pacing_rate,
             bandwidth,
+            background: line.pacing.is_background(),
             mtu: path.current_mtu,
             reconnects: totals.connections,
             black_holes: totals.black_holes,

@@ -70,6 +70,7 @@ impl Scheduler {
             downtime_limit_ms: None,
             deadline_s,
             rate: None,
+            background: false,
             detach: true,
             windows: None,
         };

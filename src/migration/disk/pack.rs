@@ -278,7 +278,7 @@ impl<'a> Packer<'a> {
 }
 
 /// Payload of a bundle, at most, where `payload` came to `bytes` when coded: by the square of how well that
-/// compressed. At 2 : 1 and beyond as much as ever gains.
+/// compressed: at 2.5 : 1 and beyond as much as there may be.
 fn limit(payload: u64, bytes: u64) -> u64 {
     let ratio = payload.max(1) as f64 / bytes.max(1) as f64;
     let limit = BUNDLE_BYTES_MIN as f64 * ratio * ratio;
