@@ -10,7 +10,7 @@
 //! weighting of many is within a little of the best of them on every series, where choosing one is not.
 //!
 //! The mark that four of five values stay below is a quantile of what was missed in the last seven days; by
-//! how often it was passed, that quantile itself is moved (adaptive conformal inference, Gibbs and Candès,
+//! how often it was passed, that quantile itself is moved (adaptive conformal inference, Gibbs and Candes,
 //! NeurIPS 2021).
 
 use std::collections::VecDeque;
