@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::Parts;
 use super::cancel::CancelToken;
-use super::caps::Caps;
+use super::caps::{Caps, JobCaps};
 use super::dial::{Dialer, Phone};
 use super::hooks::{self, Hooks, Moment, Occasion};
 use super::indexing::ImageIndex;
@@ -98,6 +98,13 @@ impl MigrationMover {
         self.phone.dialer(peer, self.caps.agent_alone())
     }
 
+    /// The caps of a job, which hold until they are dropped, and who dials under them.
+    fn begin(&self, job: &Job) -> (JobCaps, Dialer) {
+        let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
+        let dialer = self.phone.dialer(&job.peer.name, caps.rate());
+        (caps, dialer.in_background(job.options.background))
+    }
+
     /// Settles an attempt that nobody works on, in the background: it may have to wait for a peer.
     fn recover(&self, history: &History) {
         let Some(began) = history.began().cloned() else {
@@ -133,9 +140,7 @@ impl MigrationMover {
         progress: &watch::Sender<Progress>,
         cancel: &CancelToken,
     ) -> Result<Completed, Failure> {
-        let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
-        let dial = self.phone.dialer(&job.peer.name, caps.rate());
-        let dial = dial.in_background(job.options.background);
+        let (_caps, dial) = self.begin(job);
         let limit_ms = job.options.downtime_limit_ms as f64;
         let deadline = job.options.deadline_s.map_or(DEADLINE_DEFAULT, Duration::from_secs);
         let order = job::Job {
@@ -194,9 +199,7 @@ impl MigrationMover {
         let Some(order) = &job.options.image else {
             return Err(Failure::refused("a push names an image", ""));
         };
-        let caps = self.caps.begin_job(&job.vm, job.options.rate.clone());
-        let dial = self.phone.dialer(&job.peer.name, caps.rate());
-        let dial = dial.in_background(job.options.background);
+        let (_caps, dial) = self.begin(job);
         let attempt = || async {
             let attempt = async {
                 let session = dial.dial().await;

@@ -7,7 +7,8 @@
 //! Six simple predictors speak, weighted by how little each has missed lately at about that distance:
 //! the days and weeks before as they were, the same at today's level, half way between the two, at the level
 //! of just now, yesterday's with what the week before changed from day to day, and no change at all. A
-//! weighting of many is within a little of the best of them on every series, where choosing one is not.
+//! weighting of many is within a little of the best of them on each recorded network (docs/scheduler.md), where
+//! choosing one is not.
 //!
 //! The mark that four of five values stay below is a quantile of what was missed in the last seven days; by
 //! how often it was passed, that quantile itself is moved (adaptive conformal inference, Gibbs and Candes,

@@ -153,8 +153,10 @@ pub fn links(folder: &Path) -> Result<Vec<LinkLoad>> {
         values: transatlantic(folder)?,
     }];
     let mut uk = Vec::new();
-    for fields in table(&folder.join("wan_uk_academic_2004_5min.csv.zst"))?.iter().skip(1) {
-        uk.push(fields.get(1).context("a line without a load")?.parse()?);
+    let path = folder.join("wan_uk_academic_2004_5min.csv.zst");
+    for (number, fields) in (1..).zip(table(&path)?).skip(1) {
+        let field = fields.get(1).map_or("", String::as_str);
+        uk.push(load(field).with_context(|| format!("{}:{number}", path.display()))?);
     }
     let (name, is_part) = ("uk".to_owned(), false);
     all.push(LinkLoad { name, is_part, sample_s: 300.0, slot_s: 300, values: uk });
@@ -188,8 +190,16 @@ fn nodes(network: &str, path: &Path, sample_s: u32) -> Result<Vec<LinkLoad>> {
         places.push((place, from == to));
     }
     for (at, fields) in lines.iter().enumerate() {
+        let line = || format!("{}:{}", path.display(), at + 2);
+        ensure!(
+            fields.len() == head.len(),
+            "{}: {} fields, not {}",
+            line(),
+            fields.len(),
+            head.len()
+        );
         for (field, (place, stays)) in fields.iter().skip(1).zip(&places) {
-            let value: f64 = if field.is_empty() { 0.0 } else { field.parse()? };
+            let value = load(field).with_context(line)?;
             all[0].values[at] += value;
             if !stays {
                 all[*place].values[at] += value;
@@ -197,6 +207,12 @@ fn nodes(network: &str, path: &Path, sample_s: u32) -> Result<Vec<LinkLoad>> {
         }
     }
     Ok(all)
+}
+
+fn load(field: &str) -> Result<f64> {
+    let load: f64 = field.parse().with_context(|| format!("{field:?} is no load"))?;
+    ensure!(load.is_finite() && load >= 0.0, "{field:?} is no load");
+    Ok(load)
 }
 
 /// A number and samples on each line. A sample that is missing repeats the one before it.
