@@ -16,7 +16,8 @@
 //! without more probes (who comes second to BBR stays small), longer probes for all (who came first keeps
 //! the path), forgetting the highest rate sooner, conceding the same whatever the share (who comes second
 //! to BBR starves) or nothing at all below half of the path (it depends on luck which of two sessions
-//! concedes), less from a quarter of the path on (BBR again), a queue after a probe that counts only once
+//! concedes), more the more packets are in flight (no fairer), what is left of the reduced sending after a
+//! probe not counted as delivered (less fair), less from a quarter of the path on (BBR again), a queue after a probe that counts only once
 //! it no longer shrinks (who came first keeps the path).
 
 use super::bbr::{Bbr, State, carried};
@@ -34,7 +35,10 @@ const PROBE_QUEUE_SHARE: u32 = 5;
 /// Share of the path from which on a session concedes, and what part of its rate, for each part that it
 /// has more.
 const CONCEDES_FROM: f64 = 0.45;
-const CONCEDES: f64 = 0.5;
+const CONCEDES: f64 = 1.0;
+/// What the newest probe counts in what is thought of the share: two that probe at the same time mislead
+/// each other, and rarely twice.
+const NEWEST_PROBE: f64 = 0.3;
 /// What a lossy round counts, against one for a round that is not; from where on losses are a rival's
 /// doing, and until when.
 const LOSSY: u32 = 8;
@@ -72,6 +76,9 @@ pub(super) struct Rivals {
     /// Rates before a probe and in its last round; its rounds, and whether the last has gained.
     before: u64,
     probed: u64,
+    /// What came of what was sent just before the probe, and the most that it has sent.
+    steady: u64,
+    tried: u64,
     pub(super) rounds: u32,
     gains: bool,
     /// The last probe gained so much that the session has less than half of the path, or there is room:
@@ -79,7 +86,7 @@ pub(super) struct Rivals {
     longer: bool,
     /// It gained all that it tried.
     gained_all: bool,
-    /// Which share of the path the session has, as far as the last probe tells.
+    /// Which share of the path the session has, as far as the last probes tell.
     share: f64,
 }
 
@@ -114,6 +121,7 @@ impl Bbr {
     pub(super) fn start_gaining(&mut self) {
         self.rivals.before = self.rate_latest();
         self.rivals.probed = self.rivals.before;
+        (self.rivals.steady, self.rivals.tried) = (self.rivals.before, 0);
         self.rivals.rounds = 0;
         self.rivals.gains = self.rivals.longer || self.rivals.holds;
     }
@@ -121,9 +129,12 @@ impl Bbr {
     /// A probe is over and has shown `most` bytes a second: whether the next may be longer.
     pub(super) fn end_gaining(&mut self, most: u64) {
         // Who sends g times as much on a full path gets g / (1 + (g - 1) x share) times as much.
-        let (tried, grown) =
-            (Phase::Up.pacing_gain(), most as f64 / self.rivals.before.max(1) as f64);
-        self.rivals.share = ((tried / grown - 1.0) / (tried - 1.0)).clamp(0.0, 1.0);
+        let times = |rate: u64, than: u64| rate as f64 / than.max(1) as f64;
+        let tried = times(self.rivals.tried, self.rivals.steady);
+        let got = times(most, self.rivals.steady);
+        let share = ((tried / got - 1.0) / (tried - 1.0).max(0.01)).clamp(0.0, 1.0);
+        self.rivals.share += NEWEST_PROBE * (share - self.rivals.share);
+        let grown = times(most, self.rivals.before);
         self.rivals.longer = grown >= LONGER_GROWTH;
         self.rivals.gained_all = grown >= ALL_GROWTH;
         self.rise_in_the_background(self.rivals.before, most);
@@ -141,9 +152,13 @@ impl Bbr {
 
     /// Whether a probe that has filled what it may gains by going on.
     pub(super) fn still_gains(&mut self) -> bool {
+        self.rivals.tried = self.rivals.tried.max(self.pacing_rate());
         if self.round_start {
             self.rivals.rounds += 1;
             let latest = self.rate_latest();
+            if self.rivals.rounds == 1 {
+                self.rivals.steady = latest;
+            }
             let before = std::mem::replace(&mut self.rivals.probed, latest);
             let growth = if self.rivals.holds { HOLD_GROWTH } else { LONGER_GROWTH };
             // What the first round of it has brought is known at the end of the second.
