@@ -118,8 +118,13 @@ fn link(link: &LinkReport) -> String {
         1 => ", connected anew once".to_owned(),
         times => format!(", connected anew {times} times"),
     };
+    let connections = match link.connections {
+        0 | 1 => String::new(),
+        count => format!(", over {count} connections"),
+    };
     format!(
-        "\n  link: {rate}round trip {} ({} at least), {} of what was sent was sent again{reconnects}\n",
+        "\n  link: {rate}round trip {} ({} at least), {} of what was sent was sent again{reconnects}\
+         {connections}\n",
         ms_text(link.rtt_ms),
         ms_text(link.min_rtt_ms),
         share(link.repeated_bytes, link.wire_bytes_sent),

@@ -150,6 +150,7 @@ impl Link {
             pacing_bits_per_s: path.pacing_rate * 8,
             bandwidth_bits_per_s: path.bandwidth * 8,
             background: path.background,
+            connections: path.connections,
             reconnects: path.reconnects,
             down_ms: self.down_for().map_or(0, |down| down.as_millis() as u64),
             classes: classes

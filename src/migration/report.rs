@@ -90,6 +90,9 @@ pub struct LinkReport {
     /// Whether it takes only what others leave.
     #[serde(default)]
     pub background: bool,
+    /// Connections side by side: more than one where a core was the limit.
+    #[serde(default)]
+    pub connections: u32,
     /// How often the session has gone on over another connection.
     pub reconnects: u64,
     /// For how long the link has been down now; 0 if it is up.

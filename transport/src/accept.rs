@@ -18,6 +18,7 @@ use crate::fingerprint::Fingerprint;
 use crate::frame::Hello;
 use crate::greeting::{self, GreetingError};
 use crate::keeper::{Arrival, Registered, Role};
+use crate::lanes;
 use crate::pace::Place;
 use crate::session::{Session, canonical};
 use crate::tls::{self, Presented};
@@ -141,7 +142,7 @@ async fn meet(shared: &Shared, incoming: Incoming) -> Option<Met> {
 type Greeted = (Registered, Hello, (SendStream, RecvStream));
 
 /// Greets a peer. `None` if there is no new session to accept: the peer has been told why, or goes on
-/// with one that is here.
+/// with one that is here, or opens a lane of it.
 async fn greet(shared: &Shared, met: &Met) -> Option<Greeted> {
     let Met { connection, fingerprint, addr, .. } = met;
     let heard = match greeting::hear(connection, &shared.hello).await {
@@ -177,6 +178,17 @@ async fn greet(shared: &Shared, met: &Met) -> Option<Greeted> {
         }
         return None;
     }
+    let main = match theirs.lane_of {
+        None => None,
+        Some(id) => {
+            let main = shared.registry.session(*fingerprint, id);
+            let Some(main) = main.filter(|main| main.lanes.has_room()) else {
+                connection.close(CloseCode::Forgotten.value(), b"no session here wants this lane");
+                return None;
+            };
+            Some(main)
+        }
+    };
     let Some(registered) = shared.registry.enter(*fingerprint, theirs.session) else {
         tracing::warn!(%fingerprint, peer = %addr, "a paired agent has too many sessions here");
         connection.close(CloseCode::Busy.value(), b"you have too many sessions here");
@@ -186,5 +198,11 @@ async fn greet(shared: &Shared, met: &Met) -> Option<Greeted> {
         tracing::debug!(%fingerprint, peer = %addr, ?error, "a paired agent left over the greeting");
         return None;
     }
-    Some((registered, theirs, (send, recv)))
+    let Some(main) = main else { return Some((registered, theirs, (send, recv))) };
+    let made = (connection.clone(), met.place.clone());
+    if let Err(error) = lanes::begin(&main, made, (send, recv), Role::Listener(registered)) {
+        tracing::warn!(%fingerprint, peer = %addr, %error, "no thread for a lane");
+        connection.close(CloseCode::Busy.value(), b"no thread for this lane");
+    }
+    None
 }

@@ -10,11 +10,11 @@ use quinn::{Connection, ConnectionError, TransportConfig, TransportErrorCode};
 use tokio::time::timeout;
 
 use crate::close::{CloseCode, CloseReason, readable};
-use crate::endpoint::Shared;
+use crate::endpoint::{HANDSHAKE_TIMEOUT, Shared};
 use crate::errors::ConnectError;
 use crate::fingerprint::Fingerprint;
 use crate::frame::{Hello, Seen, SessionId};
-use crate::greeting::GreetingError;
+use crate::greeting::{self, Greeted, GreetingError};
 use crate::identity::CERTIFICATE_NAME;
 use crate::link::Line;
 use crate::pace::Place;
@@ -25,6 +25,7 @@ use crate::tls::{self, Expect, Presented};
 const AGAIN: Duration = Duration::from_secs(2);
 
 /// Where a session's peer is, and what it is told.
+#[derive(Clone)]
 pub(crate) struct Dial {
     pub(crate) shared: Arc<Shared>,
     pub(crate) addr: SocketAddr,
@@ -43,9 +44,31 @@ impl Dial {
         self.shared.connect_error(self.addr, Some(self.expected), presented, error)
     }
 
+    /// To the same peer, under another name.
+    pub(crate) fn another(&self) -> Self {
+        Self { session: SessionId(rand::random()), ..self.clone() }
+    }
+
     /// Connects for the first time.
     pub(crate) async fn first(&self) -> Result<(Connection, Arc<Place>), ConnectError> {
         self.connect(self.shared.transport.clone()).await
+    }
+
+    /// Connects for the first time and greets, as a lane of the session `lane_of` if it is to be one.
+    pub(crate) async fn greet(
+        &self,
+        lane_of: Option<SessionId>,
+    ) -> Result<((Connection, Arc<Place>), Greeted), ConnectError> {
+        let attempt = async {
+            let made = self.first().await?;
+            let hello = Hello { lane_of, ..self.hello(None) };
+            match greeting::connect(&made.0, &hello).await {
+                Ok(greeted) => Ok((made, greeted)),
+                Err(error) => Err(self.failed(&Presented::default(), error)),
+            }
+        };
+        let greeted = timeout(HANDSHAKE_TIMEOUT, attempt).await;
+        greeted.unwrap_or(Err(ConnectError::Unreachable { addr: self.addr }))
     }
 
     /// Tries once to connect anew, with what is known of the path from `line`.

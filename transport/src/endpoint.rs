@@ -16,7 +16,7 @@ use crate::dial::Dial;
 use crate::errors::{BindError, ConnectError};
 use crate::fingerprint::Fingerprint;
 use crate::frame::{Hello, PROTOCOL_VERSION, Seen, SessionId};
-use crate::greeting::{self, GreetingError};
+use crate::greeting::GreetingError;
 use crate::home::Home;
 use crate::identity::Identity;
 use crate::keeper::{Registry, Role};
@@ -165,6 +165,7 @@ impl Endpoint {
                 agent_version: tuning.agent_version.clone(),
                 session: SessionId::default(),
                 goes_on: None,
+                lane_of: None,
             },
             server,
             transport,
@@ -197,16 +198,7 @@ impl Endpoint {
         expected: Fingerprint,
     ) -> Result<Session, ConnectError> {
         let dial = self.dial(addr, expected);
-        let attempt = async {
-            let made = dial.first().await?;
-            match greeting::connect(&made.0, &dial.hello(None)).await {
-                Ok(greeted) => Ok((made, greeted)),
-                Err(error) => Err(dial.failed(&Presented::default(), error)),
-            }
-        };
-        let (made, (send, recv, theirs)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, attempt)
-            .await
-            .unwrap_or(Err(ConnectError::Unreachable { addr }))?;
+        let (made, (send, recv, theirs)) = dial.greet(None).await?;
         let shared = &self.0.shared;
         Ok(shared.session(made, expected, &theirs, (send, recv), Role::Dialer(dial)))
     }

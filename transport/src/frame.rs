@@ -11,7 +11,7 @@ use crate::class::Class;
 
 /// The version of everything above QUIC. Both sides must have the same one: a migration spans two
 /// agents and is cheap to refuse, while a guess about what an old peer meant is not.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 /// Largest control frame, kind byte included.
 pub const MAX_CONTROL_FRAME: usize = 1024 * 1024;
 /// Largest batch, the caller's header included.
@@ -24,7 +24,7 @@ pub(crate) const MAX_HELLO: usize = 1024;
 /// First bytes of a greeting, so that a stray program is recognised as such.
 const HELLO_MAGIC: [u8; 4] = *b"LHUL";
 /// Bytes of a greeting without the agent version.
-const HELLO_FIXED: usize = 4 + 2 + 8 + 1 + 16 + 1 + 16;
+const HELLO_FIXED: usize = 4 + 2 + 8 + 1 + 16 + 1 + 16 + 1 + 16;
 /// Largest receipt; the longest one names every batch that can be on the way.
 pub(crate) const MAX_RECEIPT: usize = 8 * 1024;
 /// Length of a frame's length.
@@ -125,6 +125,8 @@ pub(crate) struct Hello {
     pub(crate) session: SessionId,
     /// The session goes on after another connection, of which this much has arrived.
     pub(crate) goes_on: Option<Seen>,
+    /// It is a lane of this session.
+    pub(crate) lane_of: Option<SessionId>,
 }
 
 impl Hello {
@@ -149,6 +151,8 @@ impl Hello {
         out.push(u8::from(self.goes_on.is_some()));
         out.extend(seen.messages.to_le_bytes());
         out.extend(seen.batches.to_le_bytes());
+        out.push(u8::from(self.lane_of.is_some()));
+        out.extend(self.lane_of.unwrap_or_default().0);
         out
     }
 
@@ -168,6 +172,7 @@ impl Hello {
             agent_version: String::new(),
             session: SessionId::default(),
             goes_on: None,
+            lane_of: None,
         };
         if hello.protocol == PROTOCOL_VERSION {
             hello.read_rest(rest)?;
@@ -188,7 +193,9 @@ impl Hello {
         let (session, rest) = take::<16>(rest)?;
         let ([goes_on], rest) = take::<1>(rest)?;
         let (messages, rest) = take::<8>(rest)?;
-        let (batches, _) = take::<8>(rest)?;
+        let (batches, rest) = take::<8>(rest)?;
+        let ([is_lane], rest) = take::<1>(rest)?;
+        let (main, _) = take::<16>(rest)?;
         self.capabilities = u64::from_le_bytes(capabilities);
         self.agent_version = version.iter().map(|&byte| char::from(byte)).collect();
         self.session = SessionId(session);
@@ -196,6 +203,7 @@ impl Hello {
             messages: u64::from_le_bytes(messages),
             batches: u64::from_le_bytes(batches),
         });
+        self.lane_of = (is_lane != 0).then_some(SessionId(main));
         Ok(())
     }
 }
@@ -278,8 +286,8 @@ pub(crate) enum Receipt {
     /// A batch is here, whole.
     Batch(u64),
     /// How much of what is sent in order is here, and for how many milliseconds this end would be
-    /// without a connection.
-    Seen(Seen, u64),
+    /// without a connection; and whether it is a core that keeps the session from going faster here.
+    Seen(Seen, u64, bool),
     /// What is here of batches that are not whole: their numbers, and how many bytes. First on a
     /// connection that takes a session on.
     Parts(Vec<(u64, u32)>),
@@ -366,6 +374,7 @@ mod tests {
             agent_version: "0.1.0".into(),
             session: SessionId(*b"sixteen letters."),
             goes_on: Some(Seen { messages: 7, batches: 0x0102 }),
+            lane_of: Some(SessionId(*b"and sixteen more")),
         }
     }
 
@@ -375,8 +384,8 @@ mod tests {
 
     #[test]
     fn bytes_are_fixed() {
-        let greeting = b"\x35\0\0\0LHUL\x04\0\x03\x02\0\0\0\0\0\0\x050.1.0sixteen letters.\
-            \x01\x07\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0";
+        let greeting = b"\x46\0\0\0LHUL\x05\0\x03\x02\0\0\0\0\0\0\x050.1.0sixteen letters.\
+            \x01\x07\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0\x01and sixteen more";
         assert_eq!(hello().encode(), greeting);
         let message = encode_control(&(7u32, "ab")).unwrap();
         assert_eq!(message, b"\x05\0\0\0\x01\x07\x02ab");
@@ -442,6 +451,7 @@ mod tests {
             version in "[ -~]{0,64}",
             session: [u8; 16],
             goes_on: Option<(u64, u64)>,
+            lane_of: Option<[u8; 16]>,
         ) {
             let hello = Hello {
                 protocol: PROTOCOL_VERSION,
@@ -449,6 +459,7 @@ mod tests {
                 agent_version: version,
                 session: SessionId(session),
                 goes_on: goes_on.map(|(messages, batches)| Seen { messages, batches }),
+                lane_of: lane_of.map(SessionId),
             };
             let bytes = hello.encode();
             let (prefix, body) = bytes.split_first_chunk().unwrap();
@@ -480,10 +491,10 @@ mod tests {
         }
 
         #[test]
-        fn receipts_come_back(number: u64, parts: Vec<(u64, u32)>, messages: u64, batches: u64) {
+        fn receipts_come_back(number: u64, parts: Vec<(u64, u32)>, messages: u64, batches: u64, slow: bool) {
             for receipt in [
                 Receipt::Batch(number),
-                Receipt::Seen(Seen { messages, batches }, number),
+                Receipt::Seen(Seen { messages, batches }, number, slow),
                 Receipt::Parts(parts),
                 Receipt::Dropped(number),
             ] {

@@ -56,23 +56,37 @@ struct Part {
     room: OwnedSemaphorePermit,
 }
 
-/// Complete batches that nobody has taken yet, and parts of others.
+/// Complete batches that nobody has taken yet, and parts of others. A session's lanes share its queues
+/// and its room; numbers of batches are each connection's own.
 #[derive(Debug)]
 pub(crate) struct Inbox {
-    queues: Watched<Queues>,
+    queues: Arc<Watched<Queues>>,
     /// Parts that a lost connection has left, by number.
     parts: Mutex<HashMap<u64, Part>>,
     bulk: Arc<Semaphore>,
     urgent: Arc<Semaphore>,
+    is_lanes: bool,
 }
 
 impl Inbox {
     pub(crate) fn new() -> Self {
         Self {
-            queues: Watched::default(),
+            queues: Arc::default(),
             parts: Mutex::default(),
             bulk: Arc::new(Semaphore::new(INBOUND_BULK_BYTES / GRAIN)),
             urgent: Arc::new(Semaphore::new(INBOUND_URGENT_BYTES / GRAIN)),
+            is_lanes: false,
+        }
+    }
+
+    /// For a lane of the session that has this one.
+    pub(crate) fn of_a_lane(&self) -> Self {
+        Self {
+            queues: self.queues.clone(),
+            parts: Mutex::default(),
+            bulk: self.bulk.clone(),
+            urgent: self.urgent.clone(),
+            is_lanes: true,
         }
     }
 
@@ -118,11 +132,14 @@ impl Inbox {
         });
     }
 
-    /// Nothing more will come: readers end behind what is here.
+    /// Nothing more will come: readers end behind what is here. A lane's end is not the session's.
     pub(crate) fn end(&self) {
+        self.parts().clear();
+        if self.is_lanes {
+            return;
+        }
         self.bulk.close();
         self.urgent.close();
-        self.parts().clear();
         self.queues.change(|queues| queues.ended = true);
     }
 

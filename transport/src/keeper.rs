@@ -8,7 +8,7 @@
 //! first carries the session.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use quinn::{Connection, ConnectionError, RecvStream, SendStream};
@@ -38,7 +38,8 @@ const LISTEN: Duration = Duration::from_millis(250);
 /// Between two tries that fail at once.
 const TRY_WAIT: Duration = Duration::from_millis(500);
 
-/// Sessions that one peer may have opened: with what each may hold, the bound on what it can cost.
+/// Sessions that one peer may have opened, lanes counted: with what each may hold, the bound on what it
+/// can cost.
 pub const MAX_SESSIONS_OF_A_PEER: usize = 64;
 
 /// A connection of a session and what runs on it.
@@ -68,12 +69,19 @@ pub(crate) enum Role {
     Listener(Registered),
 }
 
-/// The sessions of the peers that connect to an endpoint, for as long as each lives.
+/// The sessions of the peers that connect to an endpoint, and their lanes, for as long as each lives.
 #[derive(Debug, Default)]
-pub(crate) struct Registry(Mutex<HashMap<(Fingerprint, SessionId), mpsc::Sender<Arrival>>>);
+pub(crate) struct Registry(Mutex<HashMap<(Fingerprint, SessionId), Entry>>);
+
+#[derive(Debug)]
+struct Entry {
+    arrive: mpsc::Sender<Arrival>,
+    /// Dead until the session has begun.
+    link: Weak<Link>,
+}
 
 impl Registry {
-    fn sessions(&self) -> MutexGuard<'_, HashMap<(Fingerprint, SessionId), mpsc::Sender<Arrival>>> {
+    fn sessions(&self) -> MutexGuard<'_, HashMap<(Fingerprint, SessionId), Entry>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -85,13 +93,18 @@ impl Registry {
             return None;
         }
         let (arrive, arrivals) = mpsc::channel(1);
-        sessions.insert((peer, id), arrive);
+        sessions.insert((peer, id), Entry { arrive, link: Weak::new() });
         Some(Registered { registry: self.clone(), name: (peer, id), arrivals })
     }
 
     /// Whom to give a connection that takes a session on; `None` if there is no such session.
     pub(crate) fn find(&self, peer: Fingerprint, id: SessionId) -> Option<mpsc::Sender<Arrival>> {
-        self.sessions().get(&(peer, id)).cloned()
+        self.sessions().get(&(peer, id)).map(|entry| entry.arrive.clone())
+    }
+
+    /// The session of that name, if it has begun.
+    pub(crate) fn session(&self, peer: Fingerprint, id: SessionId) -> Option<Arc<Link>> {
+        self.sessions().get(&(peer, id))?.link.upgrade()
     }
 }
 
@@ -384,6 +397,13 @@ fn is_closed_with(error: &ConnectionError, code: CloseCode) -> bool {
 }
 
 impl Registered {
+    /// The session has begun.
+    pub(crate) fn begun(&self, link: &Arc<Link>) {
+        if let Some(entry) = self.registry.sessions().get_mut(&self.name) {
+            entry.link = Arc::downgrade(link);
+        }
+    }
+
     async fn next(&mut self) -> Candidate {
         match self.arrivals.recv().await {
             Some(arrival) => Candidate::Arrived(arrival),

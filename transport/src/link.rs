@@ -14,6 +14,7 @@ use crate::control::Messages;
 use crate::frame::{FrameError, Receipt, Seen};
 use crate::home::Home;
 use crate::inbox::Inbox;
+use crate::lanes::Lanes;
 use crate::outbox::Outbox;
 use crate::pace::{Pacing, Place};
 use crate::rate::{JobRate, RateLimiter};
@@ -67,6 +68,8 @@ struct State {
     rate: JobRate,
     /// Whether what is sent yields to others.
     background: bool,
+    /// Whether a core is what limits the peer.
+    peer_is_full: bool,
 }
 
 impl State {
@@ -93,6 +96,9 @@ pub(crate) struct Link {
     pub(crate) inbox: Inbox,
     pub(crate) outbox: Outbox,
     pub(crate) counters: Counters,
+    /// Its lanes; none if it is one.
+    pub(crate) lanes: Lanes,
+    is_lane: bool,
     /// Send and receive window of a connection.
     pub(crate) connection_window: u64,
 }
@@ -112,6 +118,7 @@ impl Link {
             past: Totals::default(),
             rate: RateLimiter::new().job(),
             background: false,
+            peer_is_full: false,
         };
         Self {
             home,
@@ -121,8 +128,33 @@ impl Link {
             inbox: Inbox::new(),
             outbox: Outbox::new(),
             counters: Counters::default(),
+            lanes: Lanes::default(),
+            is_lane: false,
             connection_window,
         }
+    }
+
+    /// One that carries batches for this one, at a home of its own.
+    pub(crate) fn lane(&self, home: Arc<Home>, line: Arc<Line>) -> Self {
+        // Nobody listens to its messages: there are none.
+        let (messages, _) = Messages::new();
+        line.pacing.live_at(&home);
+        Self {
+            inbox: self.inbox.of_a_lane(),
+            is_lane: true,
+            ..Self::new(home, line, messages, self.connection_window)
+        }
+    }
+
+    /// Sends as `other` is to: under its caps, in the background or not, with its patience.
+    pub(crate) fn go_as(&self, other: &Self) {
+        let (rate, background, patience) = {
+            let state = other.state.lock();
+            (state.rate.clone(), state.background, state.patience[0])
+        };
+        self.set_rate(rate);
+        self.set_background(background);
+        self.set_patience(patience);
     }
 
     /// The newest connection, whether it still lives or not.
@@ -182,6 +214,9 @@ impl Link {
 
     /// The session goes on over `line`.
     pub(crate) fn up(&self, line: &Arc<Line>) {
+        if self.is_lane {
+            line.pacing.live_at(&self.home);
+        }
         self.stand(|state| {
             line.pacing.set_rate(state.rate.clone());
             line.pacing.set_background(state.background);
@@ -201,6 +236,17 @@ impl Link {
                 state.standing = Standing::Down(since);
             }
         });
+    }
+
+    /// Ends as `other` has ended, if it has.
+    pub(crate) fn end_as(&self, other: &Self) {
+        let ended = match &other.state.lock().standing {
+            Standing::Ended(reason, code) => Some((*code, reason.clone())),
+            Standing::Up | Standing::Down(_) => None,
+        };
+        if let Some((code, reason)) = ended {
+            self.end_with(code, reason);
+        }
     }
 
     /// Ends the session, unless it has ended for another reason already.
@@ -242,7 +288,22 @@ impl Link {
     /// What the peer is told about how much is here, and how long this end would be without a connection.
     pub(crate) fn seen_receipt(&self) -> Receipt {
         let patience = self.state.lock().patience[0];
-        Receipt::Seen(self.seen(), u64::try_from(patience.as_millis()).unwrap_or(u64::MAX))
+        let patience = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+        Receipt::Seen(self.seen(), patience, self.is_full())
+    }
+
+    /// Whether a core is what limits the session here: none of its connections has one to spare.
+    pub(crate) fn is_full(&self) -> bool {
+        self.home.is_full() && self.lanes.all().iter().all(|lane| lane.home.is_full())
+    }
+
+    /// Whether the peer has said that of itself.
+    pub(crate) fn is_peer_full(&self) -> bool {
+        self.state.lock().peer_is_full
+    }
+
+    pub(crate) fn set_peer_full(&self, is_full: bool) {
+        self.state.lock().peer_is_full = is_full;
     }
 
     pub(crate) fn set_patience(&self, patience: Duration) {
@@ -292,6 +353,7 @@ impl Link {
         state.background = background;
     }
 
+    /// What this connection, and those before it, have cost and carried.
     pub(crate) fn stats(&self) -> PathStats {
         let state = self.state.lock();
         self.counters.snapshot(state.past, &state.line)

@@ -84,6 +84,11 @@ impl Outbox {
         self.on_the_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Batches that have not arrived.
+    pub(crate) fn load(&self) -> usize {
+        self.on_the_way().len()
+    }
+
     /// The peer has batch `number`.
     pub(crate) fn arrived(&self, number: u64) {
         if let Some(batch) = self.on_the_way().remove(&number) {

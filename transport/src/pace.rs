@@ -11,7 +11,6 @@
 
 use std::cell::Cell;
 use std::fmt;
-use std::future::Future;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -22,12 +21,15 @@ use std::time::Duration;
 
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 use crate::congestion::PathView;
+use crate::driver::Seat;
+use crate::home::Home;
 use crate::rate::JobRate;
 use crate::socket::segments_in_a_message;
 use crate::stats::header_bytes;
+use crate::timer::Timer;
 use crate::tuning::ETHERNET_PAYLOAD;
 
 /// What a late timer may catch up on: tokio's tick in milliseconds, and a busy host.
@@ -50,6 +52,8 @@ pub(crate) struct Place(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
+    /// Of the task that drives the connection.
+    driver: Option<Seat>,
     /// What the controller wants; nothing is known of other controllers than ours.
     view: Option<Arc<PathView>>,
     /// Whether what is sent yields to others.
@@ -100,6 +104,7 @@ impl State {
 impl Place {
     fn new() -> Arc<Self> {
         Arc::new(Self(Mutex::new(State {
+            driver: None,
             view: None,
             background: false,
             rate: None,
@@ -113,8 +118,11 @@ impl Place {
     /// What `make` returns, and the place of the connection that it makes.
     pub(crate) fn of_new<T>(make: impl FnOnce() -> T) -> (T, Arc<Self>) {
         MADE.take();
+        Seat::of_new();
         let made = make();
-        (made, MADE.take().unwrap_or_else(Self::new))
+        let place = MADE.take().unwrap_or_else(Self::new);
+        place.state().driver = Seat::of_new();
+        (made, place)
     }
 
     /// Paces by what the controller of another path says.
@@ -259,7 +267,7 @@ impl AsyncUdpSocket for PacedSocket {
 struct PacedPoller {
     inner: Pin<Box<dyn UdpPoller>>,
     place: Arc<Place>,
-    wait: Option<Pin<Box<Sleep>>>,
+    wait: Option<Timer>,
 }
 
 impl fmt::Debug for PacedPoller {
@@ -274,12 +282,12 @@ impl UdpPoller for PacedPoller {
         while let Err(until) = self.place.may_leave(Instant::now()) {
             let wait = match &mut self.wait {
                 Some(wait) => {
-                    wait.as_mut().reset(until);
+                    wait.end_at(until);
                     wait
                 }
-                None => self.wait.insert(Box::pin(tokio::time::sleep_until(until))),
+                None => self.wait.insert(Timer::new(until)),
             };
-            ready!(wait.as_mut().poll(cx));
+            ready!(wait.wait(cx));
         }
         ready!(self.inner.as_mut().poll_writable(cx))?;
         SENDER.set(Some(self.place.clone()));
@@ -321,6 +329,14 @@ impl Account {
 impl Pacing {
     pub(crate) fn new(place: Arc<Place>) -> Self {
         Self { place, account: Mutex::default() }
+    }
+
+    /// Has the connection driven at `home` from now on.
+    pub(crate) fn live_at(&self, home: &Arc<Home>) {
+        let driver = self.place.state().driver.clone();
+        if let Some(driver) = driver {
+            driver.move_to(home);
+        }
     }
 
     /// Sees to it that the connection is paced as its path is now.

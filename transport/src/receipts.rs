@@ -172,7 +172,8 @@ async fn read_all(
                     receipts.tell();
                 }
             }
-            Receipt::Seen(seen, patience_ms) => {
+            Receipt::Seen(seen, patience_ms, is_full) => {
+                link.set_peer_full(is_full);
                 link.set_peer_patience(Duration::from_millis(patience_ms));
                 link.messages.seen(seen.messages)?;
                 receipts.arrived().let_go(seen.batches)?.for_each(drop);

@@ -1,5 +1,6 @@
 //! A session with a peer that has proved its key: over one QUIC connection, or over several, one after
-//! another, if it has the patience ([`Session::set_patience`]).
+//! another, if it has the patience ([`Session::set_patience`]), and side by side, if one core is the
+//! limit ([`Tuning::lanes`](crate::Tuning::lanes)).
 //!
 //! Invariant: the session lives as long as anyone holds it or a half of its control stream, and not
 //! longer. Whoever drops the last of them without [`Session::close`] tells the peer so.
@@ -16,11 +17,14 @@ use tokio::sync::mpsc;
 use crate::class::Class;
 use crate::close::{CloseCode, CloseReason};
 use crate::control::{ControlReceiver, ControlSender, Incoming, Messages};
+use crate::dial::Dial;
 use crate::endpoint::Shared;
+use crate::errors::ConnectError;
 use crate::fingerprint::Fingerprint;
 use crate::frame::{FrameError, Hello};
 use crate::inbox::Batch;
 use crate::keeper::{self, Role, Streams};
+use crate::lanes;
 use crate::link::{Line, Link};
 use crate::outbox;
 use crate::rate::JobRate;
@@ -68,12 +72,19 @@ pub struct PeerInfo {
     pub capabilities: u64,
 }
 
-#[derive(Debug)]
 pub(crate) struct SessionInner {
     pub(crate) link: Arc<Link>,
     peer: Fingerprint,
     info: PeerInfo,
+    /// Where its lanes connect to; only the side that connected knows.
+    dial: Option<Dial>,
     control: Mutex<Option<mpsc::Receiver<Incoming>>>,
+}
+
+impl std::fmt::Debug for SessionInner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SessionInner").field("peer", &self.peer).finish_non_exhaustive()
+    }
 }
 
 impl Drop for SessionInner {
@@ -103,12 +114,20 @@ impl Session {
         let link = Arc::new(Link::new(shared.home.clone(), line.clone(), messages, window));
         let receipts = link.receipts.begin();
         let streams = Streams { line, control, receipts, goes_on: None };
+        let dial = match &role {
+            Role::Dialer(dial) => Some(dial.clone()),
+            Role::Listener(registered) => {
+                registered.begun(&link);
+                None
+            }
+        };
         link.home.spawn(keeper::keep(link.clone(), role, streams));
+        link.home.spawn(lanes::watch(link.clone(), dial.clone(), shared.tuning.lanes));
         let info = PeerInfo {
             agent_version: hello.agent_version.clone(),
             capabilities: hello.capabilities,
         };
-        Self(Arc::new(SessionInner { link, peer, info, control: Mutex::new(Some(incoming)) }))
+        Self(Arc::new(SessionInner { link, peer, info, dial, control: Mutex::new(Some(incoming)) }))
     }
 
     /// The peer's key.
@@ -137,7 +156,7 @@ impl Session {
     /// Sends under the caps of `job`: what leaves from now on, batches from the next one on. Without
     /// this there is no cap.
     pub fn set_rate(&self, job: JobRate) {
-        self.0.link.set_rate(job);
+        self.0.link.with_lanes().iter().for_each(|link| link.set_rate(job.clone()));
     }
 
     /// Lets the session outlive its connection: while the link is down for up to this long, sends and
@@ -145,18 +164,35 @@ impl Session {
     /// again. The lower patience of the two ends counts, and each hears of the other's while the link
     /// is up. Zero, as at the beginning, ends the session with its connection.
     pub fn set_patience(&self, patience: Duration) {
-        self.0.link.set_patience(patience);
+        self.0.link.with_lanes().iter().for_each(|link| link.set_patience(patience));
+    }
+
+    /// Opens one more connection beside those of this session, with a thread of its own at both ends; a
+    /// session that a core keeps from going faster does so by itself. Bulk then takes whichever has the
+    /// least to do. Several connections take several shares of a link.
+    ///
+    /// # Errors
+    /// The peer cannot be reached or has enough of them, or this is not the side that has connected.
+    pub async fn widen(&self) -> Result<(), ConnectError> {
+        match &self.0.dial {
+            Some(dial) => lanes::open(&self.0.link, dial).await,
+            None => {
+                let detail = "only the side that connected can connect again".to_owned();
+                let reason = CloseReason::Transport { detail };
+                Err(ConnectError::Failed { addr: self.remote_addr(), reason })
+            }
+        }
     }
 
     /// For how long the link has been silent, or gone, if it is.
     pub fn down_for(&self) -> Option<Duration> {
-        self.0.link.down_for()
+        self.view().down_for()
     }
 
     /// Makes what this side sends yield to everything else on its way, or take its share again. Takes
     /// hold within a round trip; without effect under [`Congestion::Cubic`](crate::Congestion::Cubic).
     pub fn set_background(&self, background: bool) {
-        self.0.link.set_background(background);
+        self.0.link.with_lanes().iter().for_each(|link| link.set_background(background));
     }
 
     /// Sends `header` and `body` as one batch on a stream of its own. Returns once QUIC has taken
@@ -173,7 +209,7 @@ impl Session {
         header: &[u8],
         body: Vec<Bytes>,
     ) -> Result<(), SendError> {
-        outbox::send(&self.0.link, class, header, body).await.map(drop)
+        outbox::send(&self.0.link.carrier(class), class, header, body).await.map(drop)
     }
 
     /// As [`send_batch`](Self::send_batch), and waits until the peer's session has the whole batch.
@@ -188,7 +224,7 @@ impl Session {
         header: &[u8],
         body: Vec<Bytes>,
     ) -> Result<(), SendError> {
-        let acked = outbox::send(&self.0.link, class, header, body).await?;
+        let acked = outbox::send(&self.0.link.carrier(class), class, header, body).await?;
         match acked.await {
             Ok(result) => result,
             // The task that waits for the peer ends only with the runtime.
@@ -210,7 +246,7 @@ impl Session {
 
     /// What this session has cost and carried so far.
     pub fn stats(&self) -> PathStats {
-        self.0.link.stats()
+        self.view().stats()
     }
 
     /// Looks at this session from now on without keeping it.
@@ -251,12 +287,12 @@ pub struct SessionView(Arc<Link>);
 impl SessionView {
     /// As [`Session::stats`].
     pub fn stats(&self) -> PathStats {
-        self.0.stats()
+        self.0.stats_of_all()
     }
 
     /// As [`Session::down_for`].
     pub fn down_for(&self) -> Option<Duration> {
-        self.0.down_for()
+        self.0.with_lanes().iter().filter_map(|link| link.down_for()).max()
     }
 
     /// As [`Session::closed`].

@@ -150,8 +150,8 @@ async fn who_looks_at_a_session_does_not_keep_it() {
 #[tokio::test]
 async fn counts_that_cannot_be_are_refused() {
     for receipt in [
-        Receipt::Seen(Seen { messages: 1, batches: 0 }, 0),
-        Receipt::Seen(Seen { messages: 0, batches: u64::MAX }, 0),
+        Receipt::Seen(Seen { messages: 1, batches: 0 }, 0, false),
+        Receipt::Seen(Seen { messages: 0, batches: u64::MAX }, 0, false),
         Receipt::Parts(vec![(0, 0)]),
     ] {
         let raw = raw().await;
@@ -207,7 +207,7 @@ async fn a_peer_has_so_many_sessions_and_no_more() {
         let (from, to) = tokio::join!(connect(), ends[1].accept());
         sessions.push((from.unwrap(), to.unwrap()));
     }
-    assert!(matches!(connect().await, Err(crate::ConnectError::Busy { .. })));
+    assert!(matches!(connect().await, Err(ConnectError::Busy { .. })));
     let (from, to) = sessions.pop().unwrap();
     from.close("done");
     to.closed().await;

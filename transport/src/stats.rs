@@ -55,6 +55,8 @@ pub struct PathStats {
     pub background: bool,
     /// UDP payload that the path is known to carry, bytes.
     pub mtu: u16,
+    /// Connections side by side.
+    pub connections: u32,
     /// How often the session has gone on over another connection.
     pub reconnects: u64,
     /// How often the path stopped to carry large packets. More than zero under load may be loss
@@ -72,6 +74,30 @@ impl PathStats {
             0 => self.cwnd,
             rate => carried(rate, self.min_rtt),
         }
+    }
+
+    /// With what another connection of the same session has cost and carried.
+    pub(crate) fn beside(mut self, other: &Self) -> Self {
+        self.rtt = self.rtt.max(other.rtt);
+        self.min_rtt = self.min_rtt.min(other.min_rtt);
+        self.wire_bytes_sent += other.wire_bytes_sent;
+        self.wire_bytes_received += other.wire_bytes_received;
+        self.sent_packets += other.sent_packets;
+        self.lost_packets += other.lost_packets;
+        self.lost_bytes += other.lost_bytes;
+        self.cwnd += other.cwnd;
+        self.pacing_rate += other.pacing_rate;
+        self.bandwidth += other.bandwidth;
+        self.mtu = self.mtu.min(other.mtu);
+        self.connections += other.connections;
+        self.reconnects += other.reconnects;
+        self.black_holes += other.black_holes;
+        for (one, other) in self.classes.iter_mut().zip(&other.classes) {
+            one.sent += other.sent;
+            one.acked += other.acked;
+            one.received += other.received;
+        }
+        self
     }
 
     /// Payload of `class`.
@@ -154,6 +180,7 @@ impl Counters {
             bandwidth,
             background: line.pacing.is_background(),
             mtu: path.current_mtu,
+            connections: 1,
             reconnects: totals.connections,
             black_holes: totals.black_holes,
             classes,

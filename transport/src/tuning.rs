@@ -12,6 +12,7 @@ use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 use crate::bit_rate::BitRate;
 use crate::congestion::{INITIAL_WINDOW, PathControllerConfig, carried};
+use crate::lanes::LANES_MAX;
 
 /// Receive window of one stream.
 pub const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
@@ -76,6 +77,9 @@ pub struct Tuning {
     pub socket_buffer: usize,
     /// The congestion controller.
     pub congestion: Congestion,
+    /// Connections that a session which connects from here may open beside its first, where one core is
+    /// what limits it; at most [`LANES_MAX`](crate::LANES_MAX).
+    pub lanes: usize,
     /// Makes what QUIC draws at random follow from this seed: for simulations, in which a run must be
     /// the same again. Never for a real network.
     pub simulation_seed: Option<u64>,
@@ -96,6 +100,7 @@ impl Default for Tuning {
             idle_timeout: IDLE_TIMEOUT,
             socket_buffer: SOCKET_BUFFER,
             congestion: Congestion::default(),
+            lanes: LANES_MAX,
             simulation_seed: None,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             capabilities: 0,

@@ -5,7 +5,7 @@
 //! Two signs and two answers:
 //! - A queue stands although the session sends no more than it saw delivered: others fill the path too,
 //!   and what it once saw is more than its share. It falls back to what it gets now, round after round
-//!   until the queue is gone, and by the more the more it has beyond half: what a probe gains tells how
+//!   until the queue is gone, and by the more the more it has beyond half: what probes gain tells how
 //!   large a session's share is. So sessions that all do this meet in the middle; so do a session and
 //!   CUBIC. It is also how a path that became slower is followed at once.
 //! - Round after round loses too much before a standing queue: a rival takes no notice of losses (BBR,
@@ -32,12 +32,12 @@ const STANDING_ROUNDS: u32 = 2;
 const PROBE_QUEUE_ROUNDS: u64 = 2;
 const PROBE_QUEUE_ROUNDS_MAX: u64 = 3;
 const PROBE_QUEUE_SHARE: u32 = 5;
-/// Share of the path from which on a session concedes, and what part of its rate, for each part that it
-/// has more.
+/// Share of the path from which on a session concedes as much of its rate as it has more; and the most of
+/// it, because who has all of it has met a slower path, not another.
 const CONCEDES_FROM: f64 = 0.45;
-const CONCEDES: f64 = 1.0;
-/// What the newest probe counts in what is thought of the share: two that probe at the same time mislead
-/// each other, and rarely twice.
+const CONCEDES_MAX: f64 = 0.3;
+/// What the newest probe counts in what is thought of the share, unless there were fewer than that: two
+/// that probe at the same time mislead each other, and rarely twice.
 const NEWEST_PROBE: f64 = 0.3;
 /// What a lossy round counts, against one for a round that is not; from where on losses are a rival's
 /// doing, and until when.
@@ -86,7 +86,9 @@ pub(super) struct Rivals {
     longer: bool,
     /// It gained all that it tried.
     gained_all: bool,
-    /// Which share of the path the session has, as far as the last probes tell.
+    /// Probes so far; which share of the path the session has by the last of them, and in their mean.
+    probes: u32,
+    newest_share: f64,
     share: f64,
 }
 
@@ -133,7 +135,10 @@ impl Bbr {
         let tried = times(self.rivals.tried, self.rivals.steady);
         let got = times(most, self.rivals.steady);
         let share = ((tried / got - 1.0) / (tried - 1.0).max(0.01)).clamp(0.0, 1.0);
-        self.rivals.share += NEWEST_PROBE * (share - self.rivals.share);
+        self.rivals.probes += 1;
+        let weight = NEWEST_PROBE.max(1.0 / f64::from(self.rivals.probes));
+        self.rivals.share += weight * (share - self.rivals.share);
+        self.rivals.newest_share = share;
         let grown = times(most, self.rivals.before);
         self.rivals.longer = grown >= LONGER_GROWTH;
         self.rivals.gained_all = grown >= ALL_GROWTH;
@@ -212,7 +217,9 @@ impl Bbr {
             && !self.rivals.holds
             && (1..self.bandwidth()).contains(&latest)
         {
-            let conceded = (self.rivals.share - CONCEDES_FROM).max(0.0) * CONCEDES;
+            // The newest alone tells when the path has become slower, the mean whose share is larger.
+            let share = self.rivals.share.max(self.rivals.newest_share);
+            let conceded = (share - CONCEDES_FROM).clamp(0.0, CONCEDES_MAX);
             self.concede((latest as f64 * (1.0 - conceded)) as u64);
         }
     }

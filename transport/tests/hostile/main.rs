@@ -21,7 +21,7 @@ use longhaul_transport::{
     CONNECTION_WINDOW, Class, Endpoint, INBOUND_BULK_BYTES, INBOUND_URGENT_BYTES, Identity,
     MAX_BATCH_BYTES, MAX_UNI_STREAMS, Session, TrustedPeers, Tuning,
 };
-use raw::{Raw, SEEN_NOTHING, config, end, head};
+use raw::{Raw, SEEN_NOTHING, config, end, greeting, head};
 use tokio::sync::{Mutex, MutexGuard, watch};
 use tokio::task::JoinHandle;
 
@@ -159,12 +159,13 @@ impl Drop for Attack {
 }
 
 /// What the attacks do, each with how the endpoint closes; none: it does not.
-const GARBAGE: [(&str, Option<(u64, &str)>); 8] = [
+const GARBAGE: [(&str, Option<(u64, &str)>); 9] = [
     (
         "garbage as a greeting",
         Some((3, "a greeting of 3735928559 bytes exceeds the limit of 1024")),
     ),
     ("another program's greeting", Some((3, "the greeting does not begin as an agent's does"))),
+    ("the greeting of nobody's lane", Some((6, "no session here wants this lane"))),
     (
         "garbage on control",
         Some((3, "a control frame of 3735928559 bytes exceeds the limit of 1048576")),
@@ -252,7 +253,11 @@ async fn attack(kind: &str, addr: SocketAddr, home: &Path) {
     if kind.contains("greeting") {
         let (mut send, _recv) = connection.open_bi().await.unwrap();
         let another = [&64u32.to_le_bytes()[..], &[b'G'; 64]].concat();
-        let bytes = if kind.starts_with("garbage") { garbage } else { another };
+        let bytes = match kind {
+            "garbage as a greeting" => garbage,
+            "the greeting of nobody's lane" => greeting(1, Some(2)),
+            _ => another,
+        };
         send.write_all(&bytes).await.unwrap();
         return tell_end(&connection).await;
     }

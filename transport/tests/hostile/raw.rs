@@ -77,14 +77,16 @@ pub(crate) fn config(home: &Path) -> ClientConfig {
     config
 }
 
-/// A greeting that begins the session `name`.
-fn greeting(name: u8) -> Vec<u8> {
+/// A greeting that begins the session `name`, or a lane of the session `of`.
+pub(crate) fn greeting(name: u8, of: Option<u8>) -> Vec<u8> {
     let mut body = b"LHUL".to_vec();
     body.extend(PROTOCOL_VERSION.to_le_bytes());
     body.extend([0; 8]);
     body.extend(b"\x03raw");
     body.extend([name; 16]);
     body.extend([0; 1 + 16]);
+    body.push(u8::from(of.is_some()));
+    body.extend([of.unwrap_or_default(); 16]);
     [&(body.len() as u32).to_le_bytes()[..], &body].concat()
 }
 
@@ -98,7 +100,7 @@ pub(crate) fn head(class: u8, number: u64, length: u32) -> Vec<u8> {
 }
 
 /// The receipt that says that nothing has come and that there is no patience.
-pub(crate) const SEEN_NOTHING: [u8; 9] = [5, 0, 0, 0, 4, 1, 0, 0, 0];
+pub(crate) const SEEN_NOTHING: [u8; 10] = [6, 0, 0, 0, 4, 1, 0, 0, 0, 0];
 
 /// A session that the other end takes for one.
 pub(crate) struct Raw {
@@ -110,7 +112,7 @@ impl Raw {
     /// Greets as the session `name`.
     pub(crate) async fn greet(connection: Connection, name: u8) -> Self {
         let (mut send, mut recv) = connection.open_bi().await.unwrap();
-        send.write_all(&greeting(name)).await.unwrap();
+        send.write_all(&greeting(name, None)).await.unwrap();
         let mut length = [0; 4];
         recv.read_exact(&mut length).await.unwrap();
         let mut answer = vec![0; u32::from_le_bytes(length) as usize];

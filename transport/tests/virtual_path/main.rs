@@ -8,6 +8,7 @@ mod caps;
 mod cubic;
 mod cuts;
 mod grid;
+mod lanes;
 mod link;
 mod moves;
 mod pair;
