@@ -24,8 +24,10 @@ use super::bbr::{Bbr, State, carried};
 use super::cycle::Phase;
 use super::round_trip::MIN_RTT_SHARE;
 
-/// A standing queue is longer than one part in so many of the round trip, for that many rounds.
-const STANDING_SHARE: u32 = 8;
+/// A standing queue is longer than one part in so many of the round trip, for that many rounds. As short as
+/// jitter allows: what a probe leaves is as long as its session's share is large, and if only that of a large
+/// one is seen, only the small ones concede (with 8, who came first kept 62 % of the path).
+const STANDING_SHARE: u32 = 20;
 const STANDING_ROUNDS: u32 = 2;
 /// Rounds after a probe in which a queue is the probe's own; in those up to the last it may still be,
 /// unless it is longer than one part in so many of the round trip.

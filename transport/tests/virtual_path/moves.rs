@@ -101,9 +101,9 @@ async fn unnoticed(name: &str, addresses: &[&str], cut_s: u64) -> u64 {
         moved.reconnects
     );
     assert!(later < if cut_s == 0 { 0.5 } else { 3.0 }, "{moved:?} {plain:?}");
-    // What was on its way and in the queue before it, which is as long.
+    // What was on its way and in the queue before it, which is as long; and what a start anew loses.
     let on_the_way = 2.0 * (RATE_MBIT * RTT_MS * 125) as f64 / MIB as f64;
-    assert!(there.max(back) < 1.25 * on_the_way, "{moved:?} {plain:?}");
+    assert!(there.max(back) < 1.5 * on_the_way, "{moved:?} {plain:?}");
     moved.reconnects
 }
 
