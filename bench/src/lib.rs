@@ -24,6 +24,7 @@ pub mod rival;
 pub mod row;
 pub mod run;
 pub mod simulate;
+pub mod slow;
 pub mod speed;
 pub mod transfer;
 mod trouble;

@@ -153,9 +153,9 @@ pub(crate) async fn watch(main: Arc<Link>, dial: Option<Dial>, most: usize) {
         let wire = stats.wire_bytes_sent + stats.wire_bytes_received;
         let is_busy = wire.saturating_sub(before) >= BUSY_RATE;
         before = wire;
-        let lanes = main.lanes.all().len();
-        let Some(dial) = dial.as_ref().filter(|_| is_busy && lanes < most) else { continue };
-        if is_full || main.is_peer_full() {
+        let has_room = main.lanes.all().len() < most.min(LANES_MAX);
+        let Some(dial) = &dial else { continue };
+        if is_busy && has_room && (is_full || main.is_peer_full()) {
             let opened = open(&main, dial).await;
             wait = if opened.is_ok() { SETTLE } else { TRY_WAIT };
             if let Err(error) = opened {

@@ -34,18 +34,29 @@ impl Load {
         let Some(waits) = Waits::of_this_thread() else { return };
         let metrics = Handle::current().metrics();
         let look = || (Instant::now(), metrics.worker_total_busy_duration(0), waits.so_far());
-        let (mut last, mut full) = (look(), 0);
+        let (mut last, mut streak) = (look(), Streak::default());
         loop {
             sleep(LOOK).await;
             let now = look();
             let elapsed = (now.0 - last.0).as_secs_f64();
             let share =
                 |to: Duration, from: Duration| to.saturating_sub(from).as_secs_f64() / elapsed;
-            let is_full = share(now.1, last.1) >= BUSY && share(now.2, last.2) <= WAITED;
-            full = if is_full { full + 1 } else { 0 };
-            self.0.store(full >= LOOKS, Ordering::Relaxed);
+            self.0.store(streak.see(share(now.1, last.1), share(now.2, last.2)), Ordering::Relaxed);
             last = now;
         }
+    }
+}
+
+/// Looks in a row that have found it full.
+#[derive(Debug, Default)]
+struct Streak(u32);
+
+impl Streak {
+    /// Takes in for which shares of the time it was busy and has waited; whether it is full.
+    fn see(&mut self, busy: f64, waited: f64) -> bool {
+        let is_full = busy >= BUSY && waited <= WAITED;
+        self.0 = if is_full { self.0.saturating_add(1) } else { 0 };
+        self.0 >= LOOKS
     }
 }
 
@@ -74,6 +85,14 @@ impl Waits {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn full_is_who_is_busy_for_long_and_has_a_core() {
+        let mut streak = Streak::default();
+        assert_eq!([1.0, 0.95, 0.9].map(|busy| streak.see(busy, 0.05)), [false, false, true]);
+        assert!(!streak.see(0.8, 0.0), "it had time");
+        assert_eq!([1.0; 4].map(|busy| streak.see(busy, 0.2)), [false; 4]);
+    }
 
     #[test]
     fn the_kernel_says_how_long_a_thread_has_waited() {

@@ -292,6 +292,54 @@ async fn an_unexpected_message_ends_the_session() {
 
 /// A session takes up its path's pace while its packets leave already, on another thread. When each of
 /// the two held what the other waited for, three of four runs over 6000 sessions hung on a busy host.
+/// Sends batches of a MiB for as long as `more` says, and has them taken at the other end; how many.
+async fn pour(from: &Session, to: &Session, more: impl Fn(u64) -> bool) -> u64 {
+    let taking = {
+        let to = to.clone();
+        tokio::spawn(async move {
+            let mut count = 0;
+            while to.recv_batch().await.is_ok() {
+                count += 1;
+            }
+            count
+        })
+    };
+    let body = Bytes::from(vec![0x5a; 1 << 20]);
+    let mut sent = 0;
+    while more(sent) {
+        let four = [(); 4].map(|()| from.send_batch_acked(Class::Pages, b"", vec![body.clone()]));
+        let [a, b, c, d] = four;
+        let (a, b, c, d) = tokio::join!(a, b, c, d);
+        [a, b, c, d].into_iter().for_each(|one| one.unwrap());
+        sent += 4;
+    }
+    from.close("done");
+    assert_eq!(taking.await.unwrap(), sent);
+    sent
+}
+
+#[tokio::test]
+async fn lanes_run_on_threads_of_their_own() {
+    let (_one, _two, from, to) = session().await;
+    for _ in 0..2 {
+        from.widen().await.unwrap();
+    }
+    pour(&from, &to, |sent| sent < 64).await;
+    let stats = from.stats();
+    assert_eq!((stats.connections, stats.class(Class::Pages).acked), (3, 64 << 20));
+}
+
+/// Fills a core for as long as it takes until that is noticed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "real time: needs two cores that nobody else uses"]
+async fn a_core_that_is_the_limit_brings_a_lane() {
+    let (_one, _two, from, to) = session().await;
+    let began = std::time::Instant::now();
+    pour(&from, &to, |_| from.stats().connections == 1 && began.elapsed() < PATIENCE).await;
+    println!("{} connections after {:?}", from.stats().connections, began.elapsed());
+    assert!(from.stats().connections > 1, "none in {PATIENCE:?}");
+}
+
 #[tokio::test]
 async fn sessions_begin_while_their_packets_leave() {
     let (one, two) = paired();

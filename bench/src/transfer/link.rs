@@ -18,6 +18,7 @@ use crate::interrupt;
 use crate::profile::Profile;
 use crate::relay::Stats;
 use crate::row::{self, Made, Revision};
+use crate::slow::Slow;
 use crate::wan::{self, Spec, Wan};
 
 /// What is measured.
@@ -36,6 +37,11 @@ pub struct Plan {
     /// were kept stands in the row.
     #[arg(long, value_name = "SECOND=RATE,..", requires = "seconds")]
     pub caps: Option<Caps>,
+    /// Percent of a core that each thread which carries connections may take in the tools `longhaul*`, so
+    /// that a core is the limit. Needs control groups of version 1. The transport does not take that for a
+    /// limit by itself: to the kernel such a thread waits for a core.
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(5..=100))]
+    pub core_percent: Option<u32>,
     /// How many runs; the n-th one has the WAN's seed plus n - 1.
     #[arg(long, default_value_t = 1)]
     pub runs: u32,
@@ -94,6 +100,7 @@ pub fn run(plan: &Plan, profile: &Profile) -> Result<()> {
     ensure!(!tools.is_empty(), "there is no tool to measure");
     let revision = Revision::current()?;
     take_down_on_signal()?;
+    let _slow = plan.core_percent.map(Slow::down).transpose()?;
     let mut rows = Vec::new();
     for run in 1..=plan.runs {
         for &tool in &tools {

@@ -47,6 +47,14 @@ pub(super) async fn send(order: &Order, supply: &Arc<Supply>) -> Result<u64> {
     let address = SocketAddr::from((Side::B.address(), order.port));
     let session = endpoint.connect(address, peer).await?;
     session.set_background(order.tool == Tool::LonghaulBackground);
+    let lanes = match order.tool {
+        Tool::Longhaul2 => 1,
+        Tool::Longhaul4 => 3,
+        _ => 0,
+    };
+    for _ in 0..lanes {
+        session.widen().await?;
+    }
     let job = RateLimiter::new().job();
     if !order.caps.is_empty() {
         job.set_job(order.caps.first());

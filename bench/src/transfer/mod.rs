@@ -40,6 +40,14 @@ pub enum Tool {
     Longhaul,
     /// The same, yielding to whoever else is on the link.
     LonghaulBackground,
+    /// The same as the first, over two connections from the start.
+    #[serde(rename = "longhaul-2")]
+    #[value(name = "longhaul-2")]
+    Longhaul2,
+    /// The same, over four.
+    #[serde(rename = "longhaul-4")]
+    #[value(name = "longhaul-4")]
+    Longhaul4,
     /// quinn as it comes, its CUBIC.
     QuinnCubic,
     /// quinn as it comes, its BBR.
@@ -78,7 +86,9 @@ impl Tool {
 
     fn engine(self) -> Engine {
         match self {
-            Self::Longhaul | Self::LonghaulBackground => Engine::Longhaul,
+            Self::Longhaul | Self::LonghaulBackground | Self::Longhaul2 | Self::Longhaul4 => {
+                Engine::Longhaul
+            }
             Self::QuinnCubic => Engine::Quinn(quic::Control::Cubic),
             Self::QuinnBbr => Engine::Quinn(quic::Control::Bbr),
             Self::TcpBbr => Engine::Tcp { control: "bbr", streams: 1 },
