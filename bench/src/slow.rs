@@ -17,8 +17,8 @@ use anyhow::{Context, Result, ensure};
 const GROUPS: &str = "/sys/fs/cgroup/cpu";
 /// Name of the threads, as the transport gives it.
 const THREAD: &str = "longhaul-link";
-/// Time in which a thread may take its part: the kernel lets no part be shorter than a millisecond.
-const PERIOD_US: u32 = 20_000;
+/// What a thread may take at a time, in microseconds: the shortest that the kernel allows.
+const PART_US: u32 = 1_000;
 /// How often it is looked for new threads.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -83,8 +83,8 @@ impl Drop for Slow {
 fn slow(root: &Path, task: &str, percent: u32) -> std::io::Result<()> {
     let group = root.join(task);
     fs::create_dir_all(&group)?;
-    fs::write(group.join("cpu.cfs_period_us"), PERIOD_US.to_string())?;
-    fs::write(group.join("cpu.cfs_quota_us"), (PERIOD_US * percent / 100).to_string())?;
+    fs::write(group.join("cpu.cfs_period_us"), (PART_US * 100 / percent).to_string())?;
+    fs::write(group.join("cpu.cfs_quota_us"), PART_US.to_string())?;
     fs::write(group.join("tasks"), task)
 }
 

@@ -491,10 +491,16 @@ mod tests {
         }
 
         #[test]
-        fn receipts_come_back(number: u64, parts: Vec<(u64, u32)>, messages: u64, batches: u64, slow: bool) {
+        fn receipts_come_back(
+            number: u64,
+            parts: Vec<(u64, u32)>,
+            messages: u64,
+            batches: u64,
+            is_full: bool,
+        ) {
             for receipt in [
                 Receipt::Batch(number),
-                Receipt::Seen(Seen { messages, batches }, number, slow),
+                Receipt::Seen(Seen { messages, batches }, number, is_full),
                 Receipt::Parts(parts),
                 Receipt::Dropped(number),
             ] {

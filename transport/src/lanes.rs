@@ -35,11 +35,15 @@ const BUSY_RATE: u64 = 8 * 1024 * 1024;
 
 /// A session's lanes, for as long as the session is known.
 #[derive(Debug, Default)]
-pub(crate) struct Lanes(Mutex<Vec<Arc<Link>>>);
+pub(crate) struct Lanes {
+    links: Mutex<Vec<Arc<Link>>>,
+    /// One is opened at a time: one that the peer has and this end has no room for would end the session.
+    opening: tokio::sync::Mutex<()>,
+}
 
 impl Lanes {
     fn lanes(&self) -> MutexGuard<'_, Vec<Arc<Link>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<Link>> {
@@ -167,11 +171,16 @@ pub(crate) async fn watch(main: Arc<Link>, dial: Option<Dial>, most: usize) {
 
 /// Opens one more lane of the session that `of` has begun.
 pub(crate) async fn open(main: &Arc<Link>, of: &Dial) -> Result<(), ConnectError> {
+    let failed = |detail| {
+        let reason = CloseReason::Transport { detail };
+        ConnectError::Failed { addr: of.addr, reason }
+    };
+    let _opening = main.lanes.opening.lock().await;
+    if !main.lanes.has_room() {
+        return Err(failed(format!("the session has {} connections", LANES_MAX + 1)));
+    }
     let dial = of.another();
     let (made, (send, recv, _)) = dial.greet(Some(of.session)).await?;
-    let addr = dial.addr;
-    begin(main, made, (send, recv), Role::Dialer(dial)).map_err(|error| {
-        let reason = CloseReason::Transport { detail: format!("no thread for it: {error}") };
-        ConnectError::Failed { addr, reason }
-    })
+    begin(main, made, (send, recv), Role::Dialer(dial))
+        .map_err(|error| failed(format!("no thread for another connection: {error}")))
 }

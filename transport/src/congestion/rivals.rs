@@ -16,9 +16,9 @@
 //! without more probes (who comes second to BBR stays small), longer probes for all (who came first keeps
 //! the path), forgetting the highest rate sooner, conceding the same whatever the share (who comes second
 //! to BBR starves) or nothing at all below half of the path (it depends on luck which of two sessions
-//! concedes), more the more packets are in flight (no fairer), what is left of the reduced sending after a
-//! probe not counted as delivered (less fair), less from a quarter of the path on (BBR again), a queue after a probe that counts only once
-//! it no longer shrinks (who came first keeps the path).
+//! concedes), less from a quarter of the path on (BBR again), a queue after a probe that counts only once
+//! it no longer shrinks (who came first keeps the path), more the more packets are in flight (no fairer), what
+//! comes of sending less after a probe not taken for what there is (less fair).
 
 use super::bbr::{Bbr, State, carried};
 use super::cycle::Phase;
