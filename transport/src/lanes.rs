@@ -55,11 +55,13 @@ impl Lanes {
         self.lanes().len() < LANES_MAX
     }
 
-    /// `false` if there are too many already.
-    fn add(&self, lane: &Arc<Link>) -> bool {
+    /// Adds a lane of `main`, which sends as that one does; `false` if there are too many already.
+    fn add(&self, main: &Link, lane: &Arc<Link>) -> bool {
+        // Whoever changes how the session sends changes the first connection, then those that are here.
         let mut lanes = self.lanes();
         let has_room = lanes.len() < LANES_MAX;
         if has_room {
+            lane.go_as(main);
             lanes.push(lane.clone());
         }
         has_room
@@ -67,11 +69,17 @@ impl Lanes {
 }
 
 impl Link {
-    /// This connection and its lanes.
-    pub(crate) fn with_lanes(self: &Arc<Self>) -> Vec<Arc<Self>> {
-        let mut links = self.lanes.all();
-        links.push(self.clone());
-        links
+    /// Changes how this connection sends, and its lanes do.
+    pub(crate) fn change_all(&self, change: impl Fn(&Self)) {
+        change(self);
+        self.lanes.lanes().iter().for_each(|lane| change(lane));
+    }
+
+    /// For how long the longest silent or lost of its connections has been so, if any is.
+    pub(crate) fn any_down_for(&self) -> Option<Duration> {
+        let lanes = self.lanes.all();
+        let lanes = lanes.iter().filter_map(|lane| lane.down_for());
+        lanes.chain(self.down_for()).max()
     }
 
     /// What is to carry a batch: for bulk, whichever connection has the least to do.
@@ -89,7 +97,7 @@ impl Link {
     }
 
     /// What the session has cost and carried, over all its connections.
-    pub(crate) fn stats_of_all(self: &Arc<Self>) -> PathStats {
+    pub(crate) fn stats_of_all(&self) -> PathStats {
         self.lanes.all().iter().fold(self.stats(), |sum, lane| sum.beside(&lane.stats()))
     }
 }
@@ -106,11 +114,9 @@ pub(crate) fn begin(
 ) -> io::Result<()> {
     let line = Arc::new(Line::first(connection, place));
     let lane = Arc::new(main.lane(main.home.one_more()?, line.clone()));
-    // Known before it is told how to go, so that it misses no change.
-    if !main.lanes.add(&lane) {
+    if !main.lanes.add(main, &lane) {
         return Ok(());
     }
-    lane.go_as(main);
     let receipts = lane.receipts.begin();
     let streams = Streams { line, control, receipts, goes_on: None };
     lane.home.spawn(keeper::keep(lane.clone(), role, streams));

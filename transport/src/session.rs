@@ -156,7 +156,7 @@ impl Session {
     /// Sends under the caps of `job`: what leaves from now on, batches from the next one on. Without
     /// this there is no cap.
     pub fn set_rate(&self, job: JobRate) {
-        self.0.link.with_lanes().iter().for_each(|link| link.set_rate(job.clone()));
+        self.0.link.change_all(|link| link.set_rate(job.clone()));
     }
 
     /// Lets the session outlive its connection: while the link is down for up to this long, sends and
@@ -164,7 +164,7 @@ impl Session {
     /// again. The lower patience of the two ends counts, and each hears of the other's while the link
     /// is up. Zero, as at the beginning, ends the session with its connection.
     pub fn set_patience(&self, patience: Duration) {
-        self.0.link.with_lanes().iter().for_each(|link| link.set_patience(patience));
+        self.0.link.change_all(|link| link.set_patience(patience));
     }
 
     /// Opens one more connection beside those of this session, with a thread of its own at both ends; a
@@ -192,7 +192,7 @@ impl Session {
     /// Makes what this side sends yield to everything else on its way, or take its share again. Takes
     /// hold within a round trip; without effect under [`Congestion::Cubic`](crate::Congestion::Cubic).
     pub fn set_background(&self, background: bool) {
-        self.0.link.with_lanes().iter().for_each(|link| link.set_background(background));
+        self.0.link.change_all(|link| link.set_background(background));
     }
 
     /// Sends `header` and `body` as one batch on a stream of its own. Returns once QUIC has taken
@@ -292,7 +292,7 @@ impl SessionView {
 
     /// As [`Session::down_for`].
     pub fn down_for(&self) -> Option<Duration> {
-        self.0.with_lanes().iter().filter_map(|link| link.down_for()).max()
+        self.0.any_down_for()
     }
 
     /// As [`Session::closed`].
