@@ -135,9 +135,7 @@ impl Carried {
         self.lost_bytes += stats.lost_bytes;
         self.reconnects += stats.reconnects;
         for (sum, bytes) in self.classes.iter_mut().zip(stats.classes) {
-            sum.sent += bytes.sent;
-            sum.acked += bytes.acked;
-            sum.received += bytes.received;
+            *sum += bytes;
         }
     }
 }

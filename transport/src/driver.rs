@@ -53,15 +53,15 @@ impl Seat {
 pub(crate) struct Driver {
     task: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     seat: Seat,
-    /// Where it has moved to.
-    home: Option<Arc<Home>>,
+    /// Where it has moved to, which stays for it.
+    _home: Option<Arc<Home>>,
 }
 
 impl Driver {
     pub(crate) fn of(task: Pin<Box<dyn Future<Output = ()> + Send>>) -> Self {
         let seat = Seat(Arc::default());
         SPAWNED.set(Some(seat.clone()));
-        Self { task: Some(task), seat, home: None }
+        Self { task: Some(task), seat, _home: None }
     }
 }
 
@@ -84,9 +84,8 @@ impl Future for Driver {
         drop(moves);
         // Its first turn there takes up whatever woke it here.
         let next =
-            Self { task: this.task.take(), seat: this.seat.clone(), home: Some(home.clone()) };
+            Self { task: this.task.take(), seat: this.seat.clone(), _home: Some(home.clone()) };
         home.spawn(next);
-        this.home = None;
         Poll::Ready(())
     }
 }

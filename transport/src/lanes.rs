@@ -59,12 +59,12 @@ impl Lanes {
     fn add(&self, main: &Link, lane: &Arc<Link>) -> bool {
         // Whoever changes how the session sends changes the first connection, then those that are here.
         let mut lanes = self.lanes();
-        let has_room = lanes.len() < LANES_MAX;
-        if has_room {
-            lane.go_as(main);
-            lanes.push(lane.clone());
+        if lanes.len() == LANES_MAX {
+            return false;
         }
-        has_room
+        lane.go_as(main);
+        lanes.push(lane.clone());
+        true
     }
 }
 

@@ -4,6 +4,7 @@
 //! what the callers gave or got. The two are always reported together.
 
 use std::net::SocketAddr;
+use std::ops::AddAssign;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -25,6 +26,14 @@ pub struct ClassBytes {
     pub acked: u64,
     /// Received as whole batches.
     pub received: u64,
+}
+
+impl AddAssign for ClassBytes {
+    fn add_assign(&mut self, more: Self) {
+        self.sent += more.sent;
+        self.acked += more.acked;
+        self.received += more.received;
+    }
 }
 
 /// A snapshot of a session's path and counters.
@@ -92,10 +101,8 @@ impl PathStats {
         self.connections += other.connections;
         self.reconnects += other.reconnects;
         self.black_holes += other.black_holes;
-        for (one, other) in self.classes.iter_mut().zip(&other.classes) {
-            one.sent += other.sent;
-            one.acked += other.acked;
-            one.received += other.received;
+        for (sum, more) in self.classes.iter_mut().zip(other.classes) {
+            *sum += more;
         }
         self
     }

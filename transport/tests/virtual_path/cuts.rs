@@ -11,7 +11,7 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::{RngExt, SeedableRng};
 use tokio::time::Instant;
 
-use super::pair::{BATCH, MIB, Pair, connect, path};
+use super::pair::{BATCH, MIB, Pair, Seen, connect, path, send_numbered};
 
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Batches that the sender prepares side by side.
@@ -44,17 +44,7 @@ async fn transfer(profile: &Profile, megabytes: usize, seed: u64, cuts: &[(f64, 
     let pair = patient(profile, seed).await;
     let batches = megabytes * MIB / BATCH;
     let began = Instant::now();
-    let mut tasks = tokio::task::JoinSet::new();
-    let body = Bytes::from(vec![0x5a; BATCH - 8]);
-    for sender in 0..SENDERS {
-        let (from, body) = (pair.from.clone(), body.clone());
-        tasks.spawn(async move {
-            for number in (sender..batches).step_by(SENDERS) {
-                let header = (number as u64).to_le_bytes();
-                from.send_batch(Class::Pages, &header, vec![body.clone()]).await.unwrap();
-            }
-        });
-    }
+    let mut tasks = send_numbered(&pair.from, SENDERS, batches);
     // A message for every batch that arrives, and its echo.
     let (echo, mut heard) = pair.from.control().unwrap();
     let (tell, mut echoes) = pair.to.control().unwrap();
@@ -76,12 +66,9 @@ async fn transfer(profile: &Profile, megabytes: usize, seed: u64, cuts: &[(f64, 
             near.restore();
         }
     });
-    let mut seen = vec![false; batches];
+    let mut seen = Seen::none_of(batches);
     for count in 0..batches {
-        let batch = pair.to.recv_batch().await.unwrap();
-        assert_eq!(batch.body.len(), BATCH);
-        let number = u64::from_le_bytes(batch.body[..8].try_into().unwrap()) as usize;
-        assert!(!std::mem::replace(&mut seen[number], true), "batch {number} came twice");
+        seen.take(&pair.to.recv_batch().await.unwrap());
         tell.send(&(count as u64)).await.unwrap();
     }
     let seconds = began.elapsed().as_secs_f64();

@@ -9,7 +9,7 @@ use longhaul_bench::profile::Profile;
 use longhaul_transport::{Class, CloseReason, LANES_MAX, RateLimiter, SendError, Tuning};
 use tokio::time::Instant;
 
-use super::pair::{BATCH, MIB, Pair, connect, path};
+use super::pair::{BATCH, MIB, Pair, Seen, connect, path, send_numbered};
 
 /// Batches that the sender prepares side by side.
 const SENDERS: usize = 8;
@@ -26,23 +26,10 @@ async fn wide(profile: &Profile, lanes: usize) -> Pair {
 /// Moves so many batches, and returns how long that took.
 async fn transfer(pair: &Pair, batches: usize) -> Duration {
     let began = Instant::now();
-    let mut tasks = tokio::task::JoinSet::new();
-    let body = Bytes::from(vec![0x5a; BATCH - 8]);
-    for sender in 0..SENDERS {
-        let (from, body) = (pair.from.clone(), body.clone());
-        tasks.spawn(async move {
-            for number in (sender..batches).step_by(SENDERS) {
-                let header = (number as u64).to_le_bytes();
-                from.send_batch_acked(Class::Pages, &header, vec![body.clone()]).await.unwrap();
-            }
-        });
-    }
-    let mut seen = vec![false; batches];
+    let tasks = send_numbered(&pair.from, SENDERS, batches);
+    let mut seen = Seen::none_of(batches);
     for _ in 0..batches {
-        let batch = pair.to.recv_batch().await.unwrap();
-        assert_eq!(batch.body.len(), BATCH);
-        let number = u64::from_le_bytes(batch.body[..8].try_into().unwrap()) as usize;
-        assert!(!std::mem::replace(&mut seen[number], true), "batch {number} came twice");
+        seen.take(&pair.to.recv_batch().await.unwrap());
     }
     let took = began.elapsed();
     tasks.join_all().await;
@@ -63,28 +50,14 @@ async fn lanes_carry_a_session_together() {
     };
     let urgent = tokio::spawn(urgent);
     let batches = 256;
-    let (mut bulk, mut handed_over) = (vec![false; batches], 0);
-    let sending = pair.from.clone();
-    let body = Bytes::from(vec![0x5a; BATCH - 8]);
-    let mut tasks = tokio::task::JoinSet::new();
-    for sender in 0..SENDERS {
-        let (from, body) = (sending.clone(), body.clone());
-        tasks.spawn(async move {
-            for number in (sender..batches).step_by(SENDERS) {
-                let header = (number as u64).to_le_bytes();
-                from.send_batch(Class::Pages, &header, vec![body.clone()]).await.unwrap();
-            }
-        });
-    }
+    let (mut bulk, mut handed_over) = (Seen::none_of(batches), 0);
+    let tasks = send_numbered(&pair.from, SENDERS, batches);
     let began = Instant::now();
-    while bulk.iter().any(|seen| !seen) || handed_over == 0 {
+    while bulk.0.iter().any(|seen| !seen) || handed_over == 0 {
         let batch = pair.to.recv_batch().await.unwrap();
         match batch.class {
             Class::HandOver => handed_over += 1,
-            _ => {
-                let number = u64::from_le_bytes(batch.body[..8].try_into().unwrap()) as usize;
-                assert!(!std::mem::replace(&mut bulk[number], true), "batch {number} came twice");
-            }
+            _ => bulk.take(&batch),
         }
     }
     let took = began.elapsed().as_secs_f64();

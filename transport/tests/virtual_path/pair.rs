@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use longhaul_bench::profile::Profile;
-use longhaul_transport::{Class, Endpoint, Fingerprint, Identity, Session, TrustedPeers, Tuning};
+use longhaul_transport::{
+    Batch, Class, Endpoint, Fingerprint, Identity, Session, TrustedPeers, Tuning,
+};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::link::{End, Line};
@@ -75,6 +78,38 @@ impl Pair {
     }
 }
 
+/// Sends batches that begin with their number, so many side by side.
+pub(crate) fn send_numbered(from: &Session, senders: usize, batches: usize) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
+    let body = Bytes::from(vec![0x5a; BATCH - 8]);
+    for sender in 0..senders {
+        let (from, body) = (from.clone(), body.clone());
+        tasks.spawn(async move {
+            for number in (sender..batches).step_by(senders) {
+                let header = (number as u64).to_le_bytes();
+                from.send_batch(Class::Pages, &header, vec![body.clone()]).await.unwrap();
+            }
+        });
+    }
+    tasks
+}
+
+/// Which of the numbered batches have come.
+pub(crate) struct Seen(pub(crate) Vec<bool>);
+
+impl Seen {
+    pub(crate) fn none_of(batches: usize) -> Self {
+        Self(vec![false; batches])
+    }
+
+    /// Takes one in that must be whole and new.
+    pub(crate) fn take(&mut self, batch: &Batch) {
+        assert_eq!(batch.body.len(), BATCH);
+        let number = u64::from_le_bytes(batch.body[..8].try_into().unwrap()) as usize;
+        assert!(!std::mem::replace(&mut self.0[number], true), "batch {number} came twice");
+    }
+}
+
 /// What a transfer achieved.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Figures {
@@ -100,7 +135,7 @@ pub(crate) async fn transfer(
     let pair = connect(profile, seed, tuning).await;
     let began = Instant::now();
     let batches = megabytes * MIB / BATCH;
-    let mut senders = tokio::task::JoinSet::new();
+    let mut senders = JoinSet::new();
     let body = Bytes::from(vec![0x5a; BATCH]);
     for sender in 0..SENDERS {
         let (from, body) = (pair.from.clone(), body.clone());
