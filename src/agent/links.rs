@@ -57,6 +57,8 @@ pub(crate) struct Path {
     pub(crate) pacing: u64,
     /// Bytes a second that the path is thought to deliver, in sum.
     pub(crate) bandwidth: u64,
+    /// Connections that carry them, in sum: more than one a session where a core is the limit.
+    pub(crate) connections: u32,
     /// For how long the link has been down; zero if it is up.
     pub(crate) down: Duration,
 }
@@ -149,6 +151,7 @@ impl Path {
             window: stats.cwnd,
             pacing: stats.pacing_rate,
             bandwidth: stats.bandwidth,
+            connections: stats.connections,
             down,
         }
     }
@@ -162,6 +165,7 @@ impl Path {
             window: self.window.saturating_add(other.window),
             pacing: self.pacing.saturating_add(other.pacing),
             bandwidth: self.bandwidth.saturating_add(other.bandwidth),
+            connections: self.connections.saturating_add(other.connections),
             down: self.down.max(other.down),
         }
     }

@@ -344,6 +344,10 @@ fn paths(links: &[PeerLinks]) -> Vec<Metric> {
             "longhaul_link_bandwidth_bytes_per_second",
             "What the path is thought to deliver; 0 if that is not known.",
         ),
+        (
+            "longhaul_link_connections",
+            "Connections of the open sessions: more than one each where a core is the limit.",
+        ),
         ("longhaul_link_down_seconds", "For how long the link has been down; 0 if it is up."),
     ];
     let mut metrics = names.map(|(name, help)| Metric::gauge(name, help));
@@ -358,6 +362,7 @@ fn paths(links: &[PeerLinks]) -> Vec<Metric> {
             path.window as f64,
             path.pacing as f64,
             path.bandwidth as f64,
+            f64::from(path.connections),
             path.down.as_secs_f64(),
         ];
         for (metric, value) in metrics.iter_mut().zip(values) {

@@ -259,6 +259,7 @@ fn links_and_caps_are_told_by_peer_class_and_scope() {
         window: 1000,
         pacing: 2000,
         bandwidth: 0,
+        connections: 3,
         down: Duration::ZERO,
     };
     let link = PeerLinks { peer: "lyon".into(), living: 1, sessions: 2, carried, path: Some(path) };
@@ -276,6 +277,7 @@ fn links_and_caps_are_told_by_peer_class_and_scope() {
             "longhaul_link_delivered_bytes_total{class=\"pages\",peer=\"lyon\"} 2",
             "longhaul_link_retransmitted_bytes_total{peer=\"nice\"} 5",
             "longhaul_link_queueing_seconds{peer=\"lyon\"} 0.005",
+            "longhaul_link_connections{peer=\"lyon\"} 3",
             "longhaul_link_sessions{peer=\"nice\"} 0",
         ],
     );

@@ -124,12 +124,7 @@ impl Qmp {
         let shown = path.display();
         let stream = match timeout(GREETING_TIMEOUT, UnixStream::connect(path)).await {
             Ok(Ok(stream)) => stream,
-            Ok(Err(e))
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-                ) =>
-            {
+            Ok(Err(e)) if is_nobody_there(e.kind()) => {
                 return Err(HypervisorError::Gone {
                     vm: vm.to_owned(),
                     detail: format!("nobody listens at its monitor {shown} ({e})"),
@@ -424,6 +419,13 @@ impl Answer {
             }),
         }
     }
+}
+
+/// Whether a connect that failed so found no monitor: its socket is not there, nobody listens, or
+/// who listened went away before it accepted.
+fn is_nobody_there(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotFound};
+    matches!(kind, NotFound | ConnectionRefused | ConnectionReset)
 }
 
 /// How long a command may take.

@@ -176,3 +176,17 @@ async fn a_stranger_on_the_socket_is_told_apart() {
     let nobody = Qmp::connect(Path::new("/nonexistent/qmp"), "vm1").await;
     assert!(matches!(nobody, Err(HypervisorError::Gone { .. })), "{nobody:?}");
 }
+
+/// A QEMU that ends while it starts may close its socket at any step of a connect.
+#[tokio::test]
+async fn a_monitor_that_goes_before_it_accepts_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    for turn in 0..300 {
+        let path = dir.path().join(turn.to_string());
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let closing = std::thread::spawn(move || drop(listener));
+        let gone = Qmp::connect(&path, "vm1").await;
+        assert!(matches!(gone, Err(HypervisorError::Gone { .. })), "turn {turn}: {gone:?}");
+        closing.join().unwrap();
+    }
+}
