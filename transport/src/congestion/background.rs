@@ -38,9 +38,11 @@ const UP_GAIN: f64 = 1.1;
 const RISE_GROWTH: f64 = 1.06;
 /// How much faster it sends from round to round when it starts, and when it starts again after it has
 /// yielded: there others were a moment ago, and what it has sent too much by the time that it sees a queue
-/// is half a round trip's worth.
+/// is half a round trip's worth. The first steps from its floor are large all the same: they are of next to
+/// nothing.
 const STARTUP_GAIN: f64 = 2.0;
 const STARTUP_AGAIN_GAIN: f64 = 1.5;
+const LARGE_STEPS_TO: u64 = 32;
 /// For how long the lowest round trip counts, at least; at most twice as long. Routes change, and
 /// until a longer one is known as such it looks like a queue.
 const BASE_TIME: Duration = Duration::from_secs(20);
@@ -79,8 +81,10 @@ impl Background {
         self.floor
     }
 
-    pub(super) fn startup_gain(&self) -> f64 {
-        if self.floor == 0 { STARTUP_GAIN } else { STARTUP_AGAIN_GAIN }
+    /// How much faster than `rate` it sends when it starts.
+    pub(super) fn startup_gain(&self, rate: u64) -> f64 {
+        let is_careful = self.floor > 0 && rate > self.floor.saturating_mul(LARGE_STEPS_TO);
+        if is_careful { STARTUP_AGAIN_GAIN } else { STARTUP_GAIN }
     }
 
     /// The lowest round trip of the last while, `rtt` included.

@@ -417,7 +417,9 @@ impl Bbr {
     fn set_pacing_rate(&mut self) {
         let rate = self.bandwidth() as f64 * (1.0 - PACING_MARGIN);
         let gain = match self.state {
-            State::Startup if self.background.is_on() => self.background.startup_gain(),
+            State::Startup if self.background.is_on() => {
+                self.background.startup_gain(self.bandwidth())
+            }
             State::Startup => STARTUP_PACING_GAIN,
             State::Drain => DRAIN_PACING_GAIN,
             State::ProbeBw => self.phase_gain(),
