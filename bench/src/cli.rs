@@ -72,6 +72,8 @@ enum SimulateCommand {
     Evacuate(simulate::evacuate::EvacuatePlan),
     /// The load of links up to a day ahead: the forecaster beside simple rules.
     Forecasts(simulate::forecasts::ForecastPlan),
+    /// When to send one VM: the planner beside "now", a fixed hour, and who knows all.
+    Windows(simulate::windows::WindowsPlan),
     /// Time one balance decision over many hosts and VMs.
     Light(simulate::light::LightPlan),
 }
@@ -235,6 +237,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         Area::Simulate(SimulateCommand::Consolidate(plan)) => {
             simulate::consolidate::consolidate(&plan)?;
         }
+        Area::Simulate(SimulateCommand::Windows(plan)) => simulate::windows::windows(&plan)?,
         Area::Simulate(SimulateCommand::Forecasts(plan)) => simulate::forecasts::forecasts(&plan)?,
         Area::Simulate(SimulateCommand::Light(plan)) => simulate::light::light(&plan)?,
         Area::Simulate(SimulateCommand::Evacuate(plan)) => simulate::evacuate::evacuate(&plan)?,

@@ -7,16 +7,20 @@
 //! Reading order: [`state`] (what is known), [`forecast`] and [`season`] (what is expected), [`policy`] (what is
 //! allowed), [`decision`] (what comes out), `what_if` (the hosts as a plan would leave them), then the
 //! goals: `balance` and `consolidate`. Apart from them, with a deadline instead of a policy:
-//! [`evacuate`] (who gets out of a site before it fails).
+//! [`evacuate`] (who gets out of a site before it fails) and [`timing`] (when one VM should cross, over
+//! [`courses`] that its days may take).
 
 mod balance;
 mod consolidate;
+pub mod courses;
 pub mod decision;
 pub mod evacuate;
 pub mod forecast;
 pub mod policy;
 pub mod season;
 pub mod state;
+mod stretch;
+pub mod timing;
 mod what_if;
 
 use self::decision::Plan;

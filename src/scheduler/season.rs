@@ -208,9 +208,24 @@ impl Season {
         if target <= last {
             return None;
         }
+        Some(self.outlook_of(&self.levels(last), last, target))
+    }
+
+    /// What is expected of so many slots from that of `from_s` on; nothing before there is a sample, or of a
+    /// time that is past.
+    pub fn outlooks(&self, from_s: i64, slots: usize) -> Vec<Outlook> {
+        let first = from_s.div_euclid(self.slot_s);
+        let Some(last) = self.last_slot().filter(|last| first > *last) else { return Vec::new() };
+        let levels = self.levels(last);
+        (first..first + slots as i64).map(|slot| self.outlook_of(&levels, last, slot)).collect()
+    }
+
+    fn outlook_of(&self, levels: &Levels, last: i64, target: i64) -> Outlook {
         let ahead = (target - last) as usize;
-        let nearest = self.ahead.iter().min_by_key(|one| one.slots.abs_diff(ahead))?;
-        Some(nearest.outlook(self.each(&self.levels(last), last, target)))
+        let each = self.each(levels, last, target);
+        // One of four distances is the nearest one: there is always one.
+        let nearest = self.ahead.iter().min_by_key(|one| one.slots.abs_diff(ahead));
+        nearest.unwrap_or(&self.ahead[0]).outlook(each)
     }
 
     fn per_day(&self) -> usize {
@@ -361,6 +376,18 @@ mod tests {
                 (outlook.mean - series(slot)).abs() < 5.0 && outlook.high >= series(slot) - 5.0;
             assert!(right || !borders, "{ahead}: {outlook:?} for {}", series(slot));
         }
+    }
+
+    #[test]
+    fn many_slots_are_foreseen_as_each_of_them() {
+        let season = after(10, |slot| hour(slot) as f64);
+        let from_s = 10 * 288 * SLOT;
+        let many = season.outlooks(from_s, 300);
+        for (ahead, outlook) in many.iter().enumerate() {
+            assert_eq!(season.outlook(from_s + ahead as i64 * SLOT), Some(*outlook));
+        }
+        assert_eq!(many.len(), 300);
+        assert!(season.outlooks(from_s - SLOT, 3).is_empty());
     }
 
     #[test]

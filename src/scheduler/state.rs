@@ -116,6 +116,9 @@ pub enum InvalidState {
     /// An evacuation contradicts itself.
     #[error("the evacuation's {0}")]
     Evacuation(&'static str),
+    /// What is known of a VM's data and its way contradicts itself.
+    #[error("the crossing's {0}")]
+    Crossing(&'static str),
     /// The policy contradicts itself.
     #[error("the policy's {0}")]
     Policy(&'static str),

@@ -5,7 +5,8 @@
 //!
 //! Reading order: [`traces`] (what is played), `machine` (hosts, VMs, how a host shares its CPU),
 //! [`rivals`] (who moves what where), [`day`] (the clock), [`account`] (what it cost), then what the
-//! planner is measured by: [`consolidate`], [`balance`], [`evacuate`] and [`forecasts`].
+//! planner is measured by: [`consolidate`], [`balance`], [`evacuate`],
+//! [`windows`] and [`forecasts`].
 
 pub mod account;
 pub mod balance;
@@ -17,6 +18,7 @@ pub mod light;
 mod machine;
 pub mod rivals;
 pub mod traces;
+pub mod windows;
 
 use std::path::PathBuf;
 use std::time::Instant;

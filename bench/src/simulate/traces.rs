@@ -136,7 +136,7 @@ pub struct LinkLoad {
 
 /// Seconds from sample to sample of the transatlantic link: its day has 283.19 of them, not 288 as its
 /// stamps say.
-const TRANSATLANTIC_S: f64 = 86_400.0 / 283.19;
+pub const TRANSATLANTIC_SAMPLE_S: f64 = 86_400.0 / 283.19;
 
 /// Reads the load of all links: transatlantic, the UK's academic backbone, Abilene and GEANT, the last two
 /// as a whole and by what enters at each node.
@@ -148,7 +148,7 @@ pub fn links(folder: &Path) -> Result<Vec<LinkLoad>> {
     let mut all = vec![LinkLoad {
         name: "transatlantic".to_owned(),
         is_part: false,
-        sample_s: TRANSATLANTIC_S,
+        sample_s: TRANSATLANTIC_SAMPLE_S,
         slot_s: 300,
         values: transatlantic(folder)?,
     }];

@@ -3,12 +3,9 @@
 //! Invariant: of two transfers of one VM that begin whole, the one that begins earlier does not end
 //! later; so a link never waits, and what does not fit from now on does not fit at all.
 //!
-//! What is left is R of D MiB; a guest that dirties d MiB a second spoils only what was sent, so
-//! dR/dt = d (1 - R/D) - b on a link of b MiB a second, until one pause can send the rest. Rates are
-//! constant within a slot, where this has a closed form.
+//! Rates are constant within a slot ([`Stretch`]).
 
-/// Below so many MiB a second a guest changes nothing that counts.
-const STILL: f64 = 1e-6;
+use crate::stretch::{Step, Stretch};
 
 /// The slots, in seconds from the first one.
 #[derive(Debug, Clone, Copy)]
@@ -64,47 +61,21 @@ pub(super) fn send(
     while now < clock.deadline && slot < link.len() {
         *steps += 1;
         let rate = link[slot];
-        let dirty = at(load.dirty, slot);
-        let enough = rate * clock.pause_s;
         let until = ((slot + 1) as f64 * clock.slot_s).min(clock.deadline);
         let span = (until - now).max(0.0);
-        let (after, took) = step(left, load.whole, rate, dirty, span, enough);
-        if let Some(took) = took {
-            // The rest crosses in the pause.
-            let end = now + took + if rate > 0.0 { left.min(enough) / rate } else { 0.0 };
-            return (end <= clock.deadline).then_some(Sent { end, mib: mib + rate * (end - now) });
+        let stretch =
+            Stretch::new(load.whole, rate, at(load.dirty, slot), span, rate * clock.pause_s);
+        match stretch.send(left) {
+            Step::Ends { took_s, mib: sent } => {
+                let end = now + took_s;
+                return (end <= clock.deadline).then_some(Sent { end, mib: mib + sent });
+            }
+            Step::Left(after) => (left, mib) = (after, mib + rate * span),
         }
-        (left, mib) = (after, mib + rate * span);
         now = until;
         slot += 1;
     }
     None
-}
-
-/// What is left after `span` seconds at constant rates, or when `enough` was reached before.
-fn step(
-    left: f64,
-    whole: f64,
-    rate: f64,
-    dirty: f64,
-    span: f64,
-    enough: f64,
-) -> (f64, Option<f64>) {
-    if left <= enough {
-        return (left, Some(0.0));
-    }
-    if dirty < STILL {
-        let after = left - rate * span;
-        let took = (after <= enough && rate > 0.0).then(|| (left - enough) / rate);
-        return (after, took);
-    }
-    let speed = dirty / whole;
-    // Where it would come to rest.
-    let rest = whole * (dirty - rate) / dirty;
-    let after = rest + (left - rest) * (-speed * span).exp();
-    let took = (after <= enough && left > rest && enough > rest)
-        .then(|| (-((enough - rest) / (left - rest)).ln() / speed).clamp(0.0, span));
-    (after, took)
 }
 
 #[cfg(test)]
