@@ -26,6 +26,7 @@ use super::registry::Registry;
 use super::scheduling::Scheduler;
 use super::sweeping;
 use super::waiting::Waiting;
+use crate::calendar::Windows;
 use crate::config::{Config, Problem, valid_downtime_limit};
 use crate::control::{
     Checked, Event, Failure, FailureKind, IndexRequest, JobKind, JobOutcome, JobSummary, Metric,
@@ -265,9 +266,15 @@ impl Desk {
 
     /// Starts a migration, or has it wait for its windows.
     async fn migrate(&self, mut wish: MoveRequest) -> Result<Reaction, Failure> {
-        let Some(windows) = wish.windows.take() else {
-            return self.start(JobKind::Migrate, wish).await;
+        let windows = match wish.windows.take() {
+            Some(windows) => windows,
+            None if wish.best_time => Windows::always(),
+            None => return self.start(JobKind::Migrate, wish).await,
         };
+        if wish.best_time && wish.deadline_s.is_none() {
+            let next = "give it one: --deadline 24h";
+            return Err(Failure::refused("there is no best time without a deadline", next));
+        }
         self.peers.get(&wish.to).map_err(problem_failure)?;
         if !self.registry.knows(&wish.vm) {
             let what = format!("no VM of this host is called `{}`", wish.vm);

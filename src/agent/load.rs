@@ -59,7 +59,7 @@ impl Desk {
 }
 
 /// What the images of a VM take on this host's disks, in MiB.
-fn disk_mib(spec: &VmSpec, policy: &HostPolicy) -> u64 {
+pub(super) fn disk_mib(spec: &VmSpec, policy: &HostPolicy) -> u64 {
     /// Of `st_blocks` (stat(2)).
     const BLOCK_BYTES: u64 = 512;
     let Ok(resolved) = resolve_own(spec, policy) else { return 0 };

@@ -10,6 +10,7 @@
 
 pub mod admission;
 mod answer;
+mod best_time;
 pub mod book;
 pub mod cancel;
 pub mod caps;
@@ -208,7 +209,8 @@ pub async fn run(
     let waiting_file = config.state_dir.join(waiting::FILE);
     let waiting = Waiting::open(waiting_file.clone(), config.limits.time_zone.clone());
     let waiting = Arc::new(waiting.map_err(io_error("reading", &waiting_file))?);
-    let monitor = Arc::new(Monitor::new(sample_period(&config), config.scheduler.cores));
+    let monitor =
+        Arc::new(Monitor::new(sample_period(&config), config.scheduler.cores, &config.state_dir));
     let desk = Arc::new(Desk {
         config: Arc::clone(&config),
         own,
@@ -219,7 +221,7 @@ pub async fn run(
         jobs: Arc::clone(&jobs),
         mover: Arc::clone(&mover),
         caps: Arc::clone(&caps),
-        links,
+        links: Arc::clone(&links),
         index,
         monitor: Arc::clone(&monitor),
         scheduler: scheduler.clone(),
@@ -245,7 +247,7 @@ pub async fn run(
     let signal = tokio::select! {
         () = socket.serve(Arc::clone(&desk)) => "none",
         () = metrics::http::serve(metrics.as_ref(), Arc::clone(&desk)) => "none",
-        () = monitor.watch(&registry, &jobs) => "none",
+        () = monitor.watch(&registry, &jobs, &links) => "none",
         () = planning => "none",
         () = waiting.run(&desk) => "none",
         () = caps.follow_the_clock() => "none",

@@ -1,6 +1,8 @@
 //! Moves that wait for a window: the disk goes ahead in it, the VM follows in it, and what a window is
 //! too short for goes on in the next.
 //!
+//! One that waits for its best time sends its disk at once, and follows when the planner says so.
+//!
 //! Invariant: outside of its windows nothing of such a move is sent. A wish is on disk before it is
 //! answered and until the VM has arrived, its deadline has passed or somebody cancels it; what it starts
 //! are jobs like any other, so whatever ends them leaves the guest where it was.
@@ -12,15 +14,17 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use longhaul_scheduler::timing::Advice;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, Notify};
 
 use super::answer::{Desk, Reaction};
+use super::best_time::Bounds;
 use super::durable;
 use super::jobs::Follow;
 use crate::calendar::{Opening, RateCalendar, Windows};
 use crate::control::{
-    Failure, FailureKind, JobKind, JobOutcome, MoveRequest, Reply, WaitView, chain,
+    BestTime, Failure, FailureKind, JobKind, JobOutcome, MoveRequest, Reply, WaitView, chain,
 };
 
 /// The wishes, in the state folder.
@@ -42,6 +46,9 @@ struct Wait {
     rate: Option<RateCalendar>,
     downtime_limit_ms: Option<u64>,
     deadline: Option<Timestamp>,
+    /// The VM follows its disks when least of it crosses twice, not at once.
+    #[serde(default)]
+    best_time: bool,
     /// The disks have gone ahead.
     seeded: bool,
     /// How its last job ended, if that was not as it should.
@@ -57,6 +64,14 @@ struct Entry {
     paused: bool,
     /// Nothing is tried before.
     not_before: Option<Timestamp>,
+    /// What is thought of a start now and of later ones, of a VM that waits for its best time.
+    advice: Option<Advice>,
+}
+
+impl Entry {
+    fn new(wait: Wait) -> Self {
+        Self { wait, job: None, paused: false, not_before: None, advice: None }
+    }
 }
 
 /// All moves that wait at this host.
@@ -98,19 +113,22 @@ impl Waiting {
             Some(document) => serde_json::from_slice(&document)?,
             None => BTreeMap::new(),
         };
-        let entry = |wait| Entry { wait, job: None, paused: false, not_before: None };
-        let entries = waits.into_iter().map(|(vm, wait)| (vm, entry(wait))).collect();
+        let entries = waits.into_iter().map(|(vm, wait)| (vm, Entry::new(wait))).collect();
         Ok(Self { file, zone, entries: Mutex::new(entries), wake: Notify::new() })
     }
 
     /// Has a move wait for its windows.
     pub(super) async fn add(&self, wish: MoveRequest, windows: Windows) -> Result<Reply, Failure> {
-        let MoveRequest { vm, to, downtime_limit_ms, deadline_s, rate, .. } = wish;
+        let MoveRequest { vm, to, downtime_limit_ms, deadline_s, rate, best_time, .. } = wish;
         let now = Timestamp::now();
         let deadline =
             deadline_s.and_then(|s| Timestamp::from_second(now.as_second() + s as i64).ok());
         let opening = windows.at(now, &self.zone);
         let said = match opening {
+            Opening { is_open: true, .. } if best_time => format!(
+                "the disks of {vm} go ahead to {to}; it follows in its best hour before the deadline: `longhaul \
+                 status` shows which"
+            ),
             Opening { is_open: true, .. } => {
                 format!("{vm} begins to move to {to}: {windows} is now")
             }
@@ -121,13 +139,15 @@ impl Waiting {
             _ => return Err(Failure::refused(format!("{windows} never comes"), "")),
         };
         let seeded = false;
-        let wait = Wait { to, windows, rate, downtime_limit_ms, deadline, seeded, trouble: None };
+        let trouble = None;
+        let wait =
+            Wait { to, windows, rate, downtime_limit_ms, deadline, best_time, seeded, trouble };
         let mut entries = self.entries.lock().await;
         if entries.contains_key(&vm) {
             let next = format!("`longhaul cancel {vm}` first");
             return Err(Failure::refused(format!("{vm} waits for a window already"), next));
         }
-        entries.insert(vm.clone(), Entry { wait, job: None, paused: false, not_before: None });
+        entries.insert(vm.clone(), Entry::new(wait));
         if let Err(error) = self.save(&entries) {
             entries.remove(&vm);
             let what = format!("the wish could not be written down: {}", chain(&error));
@@ -163,6 +183,7 @@ impl Waiting {
                 deadline: *deadline,
                 seeded: *seeded,
                 trouble: trouble.clone(),
+                best_time: entry.advice.as_ref().map(best_time_view),
             }
         };
         entries.iter().map(view).collect()
@@ -240,10 +261,23 @@ impl Entry {
                 self.paused = true;
                 let _ = desk.jobs.cancel(vm);
             }
+            Step::Start(JobKind::Migrate)
+                if !waits && self.has_better_time(vm, desk, zone, now) => {}
             Step::Start(kind) if !waits => self.start(vm, kind, desk, opening, now).await,
             _ => {}
         }
         false
+    }
+
+    /// Whether it waits for a better hour than this.
+    fn has_better_time(&mut self, vm: &str, desk: &Desk, zone: &TimeZone, now: Timestamp) -> bool {
+        let Wait { to, windows, rate, deadline, best_time, seeded, .. } = &self.wait;
+        let Some(deadline) = deadline.filter(|_| *best_time) else { return false };
+        let (rate, seeded) = (rate.as_ref(), *seeded);
+        let bounds = Bounds { vm, to, windows, rate, deadline, seeded };
+        self.advice = desk.best_time(&bounds, zone, now);
+        // What cannot arrive in time is not helped by waiting.
+        self.advice.is_some_and(|advice| !advice.sends && advice.in_time > 0.0)
     }
 
     async fn start(
@@ -263,9 +297,11 @@ impl Entry {
             downtime_limit_ms: *downtime_limit_ms,
             deadline_s: left_s,
             rate: rate.clone(),
-            background: false,
+            // Nobody waits for disks that go ahead of a VM which has time.
+            background: self.wait.best_time && kind == JobKind::Seed,
             detach: false,
             windows: None,
+            best_time: false,
         };
         tracing::info!(vm, to, %kind, "its window is open");
         self.paused = false;
@@ -325,6 +361,17 @@ impl Entry {
     }
 }
 
+fn best_time_view(advice: &Advice) -> BestTime {
+    let at = |at_s: i64| Timestamp::from_second(at_s).ok();
+    BestTime {
+        starts: advice.starts_s.and_then(at),
+        ends: advice.ends_s.and_then(at),
+        cost_mib: advice.cost_mib as u64,
+        now_mib: Some(advice.now_mib).filter(|mib| mib.is_finite()).map(|mib| mib as u64),
+        in_time_percent: (advice.in_time * 100.0) as u8,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -336,6 +383,7 @@ mod tests {
             rate: None,
             downtime_limit_ms: None,
             deadline: None,
+            best_time: false,
             seeded,
             trouble: None,
         }
@@ -373,11 +421,13 @@ mod tests {
             background: false,
             detach: false,
             windows: None,
+            best_time: true,
         };
         let windows: Windows = "00:00-24:00".parse().unwrap();
         open().add(wish.clone(), windows.clone()).await.unwrap();
         let again = open();
         assert_eq!(again.views().await[0].vm, "db1");
+        assert!(again.entries.lock().await["db1"].wait.best_time);
         assert!(again.add(wish, windows).await.unwrap_err().next.contains("cancel db1"));
         assert!(again.remove("db1").await && !again.remove("db1").await);
         assert!(open().views().await.is_empty());

@@ -12,7 +12,7 @@ use longhaul_transport::BitRate;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::text::parse_window;
-use super::{CalendarError, RateCalendar};
+use super::{ALL_DAYS, CalendarError, DAY, RateCalendar, Window};
 
 /// What holds outside of all windows, in the calendar behind them. Nothing is sent at this rate.
 const CLOSED: BitRate = BitRate::from_bits_per_second(1);
@@ -31,6 +31,12 @@ pub struct Opening {
 }
 
 impl Windows {
+    /// Every moment of every day.
+    pub fn always() -> Self {
+        let all_day = Window { days: ALL_DAYS, from: 0, until: DAY, rate: None };
+        Self(RateCalendar { windows: vec![all_day], otherwise: Some(CLOSED) })
+    }
+
     /// What holds at `now` where clocks show the time of `zone`.
     pub fn at(&self, now: Timestamp, zone: &TimeZone) -> Opening {
         let held = self.0.at(now, zone);

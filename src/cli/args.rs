@@ -131,8 +131,13 @@ or a lost terminal ends this command, not the migration; `longhaul watch` follow
 With --window it waits: in the window the disks go ahead, then the VM; when the window closes it pauses,
 and goes on in the next one without sending twice. `longhaul status` shows what waits.
 
+With --best-time the disks go ahead at once, yielding to others, and the VM follows when it writes little
+and the link is free, by what both did in the last two weeks; in time for the deadline if that can be. A VM
+that was not watched for a day goes at once.
+
 Example:
   longhaul migrate db1 --to lyon --downtime-limit 300ms --deadline 2h
+  longhaul migrate db1 --to lyon --best-time --deadline 24h
   longhaul migrate db1 --to lyon --window \"22:00-06:00\" --rate 20M")]
     Migrate(MigrateArgs),
     /// Send an image to a peer's pool, without a VM
@@ -612,6 +617,9 @@ pub struct MigrateArgs {
     /// Move only then, e.g. "22:00-06:00" or "mon-fri 22:00-06:00; sat,sun"
     #[arg(long, value_name = "TIMES", conflicts_with = "attached")]
     pub window: Option<Windows>,
+    /// Move in the hour before the deadline in which least of the VM crosses twice
+    #[arg(long, requires = "deadline", conflicts_with = "attached")]
+    pub best_time: bool,
     /// How.
     #[command(flatten)]
     pub how: MoveArgs,

@@ -22,10 +22,10 @@ pub(super) async fn seed(global: &Global, args: SeedArgs) -> Result<Exit, Comman
 }
 
 pub(super) async fn migrate(global: &Global, args: MigrateArgs) -> Result<Exit, CommandError> {
-    let MigrateArgs { vm, to, downtime_limit, window, how } = args;
+    let MigrateArgs { vm, to, downtime_limit, window, best_time, how } = args;
     let limit_ms = downtime_limit.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
-    let wish = MoveRequest { windows: window, ..request(&vm, to, &how, limit_ms) };
-    let waits = wish.windows.is_some();
+    let wish = MoveRequest { windows: window, best_time, ..request(&vm, to, &how, limit_ms) };
+    let waits = wish.windows.is_some() || best_time;
     let wish = Request::Migrate(wish);
     if waits {
         return ask_and_say(global, &wish).await;
@@ -90,6 +90,7 @@ fn request(vm: &str, to: String, how: &MoveArgs, downtime_limit_ms: Option<u64>)
         background: false,
         detach: how.detach,
         windows: None,
+        best_time: false,
     }
 }
 

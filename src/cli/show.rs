@@ -7,7 +7,7 @@ use super::progress::line;
 use super::table::Table;
 use super::{CommandError, Exit, ask, limit, pair, print, vm};
 use crate::control::{
-    JobOutcome, JobRecord, JobSummary, Reply, Request, Status, WaitView, metrics_text,
+    BestTime, JobOutcome, JobRecord, JobSummary, Reply, Request, Status, WaitView, metrics_text,
 };
 use crate::migration::journal::Role;
 use crate::units::{ByteCount, duration_text};
@@ -77,7 +77,7 @@ fn jobs_text(jobs: &[JobSummary]) -> String {
 }
 
 fn waiting_text(waiting: &[WaitView]) -> String {
-    let mut table = Table::new(&["WAITS", "TO", "WINDOW", "NOW", "DISKS", "TROUBLE"]);
+    let mut table = Table::new(&["WAITS", "TO", "WINDOW", "NOW", "DISKS", "BEST TIME", "TROUBLE"]);
     for wait in waiting {
         let until = wait.until.map(|at| at.strftime(" until %Y-%m-%d %H:%M:%SZ").to_string());
         let now = if wait.is_open { "open" } else { "closed" };
@@ -87,10 +87,19 @@ fn waiting_text(waiting: &[WaitView]) -> String {
             wait.windows.clone(),
             format!("{now}{}", until.unwrap_or_default()),
             if wait.seeded { "ahead" } else { "to go" }.to_owned(),
+            wait.best_time.as_ref().map_or_else(|| "-".to_owned(), best_time_text),
             wait.trouble.clone().unwrap_or_else(|| "-".to_owned()),
         ]);
     }
     table.render("")
+}
+
+/// `2026-11-28 02:10Z: 3.1 GiB, now 5.0 GiB`.
+fn best_time_text(best: &BestTime) -> String {
+    let size = |mib: u64| ByteCount(mib << 20).to_string();
+    let Some(starts) = best.starts else { return "none in time".to_owned() };
+    let now = best.now_mib.map(|mib| format!(", now {}", size(mib))).unwrap_or_default();
+    format!("{}: {}{now}", starts.strftime("%Y-%m-%d %H:%MZ"), size(best.cost_mib))
 }
 
 fn recent_text(records: &[JobRecord]) -> String {

@@ -185,6 +185,9 @@ pub struct MoveRequest {
     /// Only within these windows: a migration that waits for them, and pauses when they close.
     #[serde(default)]
     pub windows: Option<Windows>,
+    /// A migration that waits for the hour in which least of it crosses twice; it needs a deadline.
+    #[serde(default)]
+    pub best_time: bool,
 }
 
 /// What a push should do. Its job goes by the image's path.
@@ -626,6 +629,24 @@ pub struct WaitView {
     pub seeded: bool,
     /// How its last job ended, if that was not as it should.
     pub trouble: Option<String>,
+    /// What is thought of its best time; nothing if it waits for none, or too little is known.
+    #[serde(default)]
+    pub best_time: Option<BestTime>,
+}
+
+/// When a VM is thought to go best, and what that saves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BestTime {
+    /// When it is thought to start.
+    pub starts: Option<jiff::Timestamp>,
+    /// When it is thought to have arrived; nothing if that is thought to be too late.
+    pub ends: Option<jiff::Timestamp>,
+    /// MiB that it is thought to send then, with a little for the wait.
+    pub cost_mib: u64,
+    /// MiB that it would send now; nothing if it may not.
+    pub now_mib: Option<u64>,
+    /// In how many of a hundred courses that its last days suggest it would arrive in time.
+    pub in_time_percent: u8,
 }
 
 #[cfg(test)]
@@ -658,6 +679,7 @@ mod tests {
                     background: false,
                     detach: false,
                     windows: None,
+                    best_time: false,
                 }),
             ),
             (

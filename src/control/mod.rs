@@ -35,10 +35,10 @@ pub use load::{
 };
 pub use longhaul_transport::BitRate;
 pub use message::{
-    Adopted, Answer, Checked, DrainRequest, EvacuateRequest, Event, FetchRequest, ImageName,
-    InDoubt, JobKind, JobOutcome, JobQuestion, JobRecord, JobStand, JobSummary, MoveRequest,
-    OwnIdentity, PeerSummary, PullRequest, PushRequest, Reply, Request, Response, Status, VmDetail,
-    VmSource, VmSummary, WaitView,
+    Adopted, Answer, BestTime, Checked, DrainRequest, EvacuateRequest, Event, FetchRequest,
+    ImageName, InDoubt, JobKind, JobOutcome, JobQuestion, JobRecord, JobStand, JobSummary,
+    MoveRequest, OwnIdentity, PeerSummary, PullRequest, PushRequest, Reply, Request, Response,
+    Status, VmDetail, VmSource, VmSummary, WaitView,
 };
 pub use metrics::{METRICS_MEDIA_TYPE, Metric, MetricKind, Sample, metrics_text};
 pub use store::{Garbage, GarbageKind, GcRequest, GcSummary};

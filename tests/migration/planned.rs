@@ -303,3 +303,52 @@ fn an_evacuation_saves_whom_it_promised() {
         region.fleet.wait_at(vm, "nice", PATIENCE).unwrap();
     }
 }
+
+/// A profile as the agent keeps it: ten days on which the VM was busy from this hour on, for two hours.
+fn busy_for_two_hours(file: &std::path::Path) {
+    const SLOTS: i64 = 15 * 288;
+    let now = jiff::Timestamp::now().as_second() / 300;
+    let mut pairs = vec![[f32::NAN; 2]; SLOTS as usize];
+    for back in 1..=10 * 288 {
+        // So many slots after this hour, on whichever day.
+        let after = (10 * 288 - back) % 288;
+        let is_busy = !(24..276).contains(&after);
+        pairs[(now - back).rem_euclid(SLOTS) as usize] = [if is_busy { 4.0 } else { 0.1 }, 0.0];
+    }
+    let mut bytes = b"LHPROF1\0".to_vec();
+    bytes.extend((now - 1).to_le_bytes());
+    bytes.extend(pairs.into_iter().flatten().flat_map(f32::to_le_bytes));
+    std::fs::write(file, bytes).unwrap();
+}
+
+/// A guest that was busy at this hour on each of its last days is waited for, its disk goes ahead; one that
+/// nobody knows goes at once.
+#[test]
+fn a_busy_guest_waits_for_its_best_time() {
+    let Some(region) = Region::up("best", "link = \"100M\"\n", 1.0) else { return };
+    let profiles = region.folder("paris").join("state/profiles");
+    busy_for_two_hours(&profiles.join("vm-web"));
+    for vm in ["web", "new"] {
+        region.start("paris", vm, 96, 0);
+    }
+    let now = jiff::Timestamp::now();
+    let wish = |vm| ["migrate", vm, "--to", "nice", "--best-time", "--deadline", "24h"];
+    let said = region.fleet.ask("paris", &wish("web")).unwrap();
+    assert!(said["said"].as_str().unwrap().contains("best hour"), "{said}");
+    region.fleet.ask("paris", &wish("new")).unwrap();
+    region.fleet.wait_at("new", "nice", PATIENCE).unwrap();
+    let waits = |status: &Value| status["waiting"][0].clone();
+    let status = region.ask_until(&["status"], "a best time", |status| {
+        waits(status)["seeded"] == true && waits(status)["best_time"].is_object()
+    });
+    let best = &waits(&status)["best_time"];
+    let starts: jiff::Timestamp = best["starts"].as_str().unwrap().parse().unwrap();
+    let after_s = starts.as_second() - now.as_second();
+    assert!((5400..9000).contains(&after_s), "{best:#}");
+    assert!(best["now_mib"].as_u64() > best["cost_mib"].as_u64(), "{best:#}");
+    assert_eq!(best["in_time_percent"], 100, "{best:#}");
+    region.fleet.ask("paris", &["cancel", "web"]).unwrap();
+    let status = region.fleet.status("paris").unwrap();
+    assert!(status["waiting"].as_array().unwrap().is_empty(), "{status:#}");
+    assert_eq!(region.fleet.places("web").unwrap(), ["paris"]);
+}

@@ -2,19 +2,28 @@
 //!
 //! Invariant: a figure is a mean over real time between two samples of the same process, so a VM that
 //! was started anew, a clock that jumps (none is read but the monotonic one) or a sample that failed
-//! makes a gap, never a wrong rate. What is kept is bounded: [`SAMPLES_MAX`] for the host and each VM.
+//! makes a gap, never a wrong rate. What is kept is bounded: [`SAMPLES_MAX`] for the host and each VM, and two
+//! weeks of them by the slot, on disk ([`profiles`]).
 
 mod kernel;
+mod profile;
+mod profiles;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::jobs::Jobs;
+use super::links::Links;
 use super::registry::Registry;
 use kernel::{HostCounters, ProcessCounters};
+use longhaul_scheduler::season::Outlook;
+use profiles::Profiles;
+
+pub(crate) use profile::{PER_DAY, Pair, SLOT_S};
 
 /// Samples that are kept of each series: half an hour at the longest period.
 const SAMPLES_MAX: usize = 120;
@@ -28,6 +37,7 @@ pub(crate) struct Monitor {
     /// Cores that the host's VMs may use; where an operator says so, only what VMs use counts.
     cores: Option<f64>,
     seen: Mutex<Seen>,
+    profiles: Mutex<Profiles>,
 }
 
 #[derive(Debug, Default)]
@@ -73,18 +83,22 @@ pub(crate) struct VmMeans {
 }
 
 impl Monitor {
-    /// A monitor that has seen nothing yet; [`watch`](Self::watch) fills it.
-    pub(crate) fn new(period: Duration, cores: Option<f64>) -> Self {
-        Self { period, cores, seen: Mutex::default() }
+    /// A monitor that has seen nothing since it was started; [`watch`](Self::watch) fills it. What was seen
+    /// before is in the state folder.
+    pub(crate) fn new(period: Duration, cores: Option<f64>, state_dir: &Path) -> Self {
+        let profiles = Mutex::new(Profiles::open(state_dir.join(profiles::FOLDER)));
+        Self { period, cores, seen: Mutex::default(), profiles }
     }
 
     /// Takes samples until it is dropped.
-    pub(crate) async fn watch(&self, registry: &Registry, jobs: &Jobs) {
+    pub(crate) async fn watch(&self, registry: &Registry, jobs: &Jobs, links: &Links) {
+        let mut sent = None;
         let mut tick = tokio::time::interval(self.period);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
             self.sample(registry, jobs).await;
+            self.profile(links, &mut sent);
         }
     }
 
@@ -117,6 +131,39 @@ impl Monitor {
         if let Ok((at, host, vms)) = sampled.await {
             self.take(at, host, vms);
         }
+    }
+
+    /// Adds the newest sample to the profiles. `sent` is when we looked last, and what we had sent by then.
+    fn profile(&self, links: &Links, sent: &mut Option<(Instant, u64)>) {
+        const MIB: f64 = 1_048_576.0;
+        let means = self.means(self.period);
+        let ours: u64 = links.all().iter().map(|link| link.carried.wire_bytes_sent).sum();
+        let now = Instant::now();
+        let before = sent.replace((now, ours));
+        // Without our own part nobody knows that of others.
+        let host = before.filter(|_| means.age.is_some()).map(|(at, before)| {
+            let ours = ours.saturating_sub(before) as f64 / now.duration_since(at).as_secs_f64();
+            [(means.network_bytes_s.1 - ours).max(0.0) / MIB, means.cpu]
+        });
+        let vms = means.vms.iter().map(|(vm, of)| (vm.clone(), [of.cpu, of.written_bytes_s / MIB]));
+        let now_s = jiff::Timestamp::now().as_second();
+        self.profiles().see(now_s, host.filter(|pair| pair[0].is_finite()), vms);
+    }
+
+    /// What a VM did in each slot before that of `now_s`, the newest last: cores used, and MiB a second
+    /// written; nothing if it was never seen here.
+    pub(crate) fn history(&self, vm: &str, now_s: i64) -> Option<Vec<Pair>> {
+        self.profiles().vm(vm, now_s)
+    }
+
+    /// What others than us are expected to send from this host in so many slots from that of `from_s` on, in
+    /// MiB a second; nothing while that is not known.
+    pub(crate) fn uplink(&self, from_s: i64, slots: usize) -> Vec<Outlook> {
+        self.profiles().uplink(from_s, slots)
+    }
+
+    fn profiles(&self) -> MutexGuard<'_, Profiles> {
+        self.profiles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take(&self, at: Instant, host: Option<HostCounters>, vms: Vec<(String, i32, VmCounters)>) {
@@ -206,6 +253,10 @@ fn written_bytes(stats: &serde_json::Value) -> Option<u64> {
 mod tests {
     use super::*;
 
+    fn monitor(cores: Option<f64>) -> Monitor {
+        Monitor::new(Duration::from_secs(15), cores, tempfile::tempdir().unwrap().path())
+    }
+
     fn counters(ran_s: f64, waited_s: f64, written: u64) -> VmCounters {
         let process = ProcessCounters { ran_s, waited_s, resident_mib: 100 };
         VmCounters { process, written_bytes: Some(written) }
@@ -218,7 +269,7 @@ mod tests {
 
     #[test]
     fn means_are_over_the_time_that_is_asked_for() {
-        let monitor = Monitor::new(Duration::from_secs(15), None);
+        let monitor = monitor(None);
         let start = Instant::now();
         for step in 0..10 {
             // Busy in the last four steps only.
@@ -237,7 +288,7 @@ mod tests {
 
     #[test]
     fn a_vm_that_was_started_anew_has_no_rate_yet() {
-        let monitor = Monitor::new(Duration::from_secs(15), Some(4.0));
+        let monitor = monitor(Some(4.0));
         let start = Instant::now();
         let at = |s| start + Duration::from_secs(s);
         let vm = |pid, ran_s| vec![("db1".to_owned(), pid, counters(ran_s, 0.0, 0))];
@@ -255,7 +306,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_has_an_end() {
-        let monitor = Monitor::new(Duration::from_secs(15), None);
+        let monitor = monitor(None);
         let start = Instant::now();
         for step in 0..500 {
             monitor.take(start + Duration::from_secs(step), host(step as f64), vec![]);

@@ -73,6 +73,7 @@ impl Scheduler {
             background: false,
             detach: true,
             windows: None,
+            best_time: false,
         };
         tracing::info!(vm, from, to, because, "ordering a move");
         let at = Timestamp::now();
