@@ -20,7 +20,7 @@ const DIRTY_MIB_S_PER_CORE: f64 = 2.0;
 /// Share of a link that is always thought to be left.
 const LEFT_MIN: f64 = 0.05;
 /// What an hour earlier is worth, as a share of all data.
-const HASTE: f64 = 0.004;
+const HASTE: f64 = 0.0005;
 /// Longest time that is looked ahead; a later deadline is taken for this.
 const AHEAD_S_MAX: i64 = 7 * 24 * 60 * 60;
 

@@ -50,7 +50,7 @@ pub struct WindowsPlan {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// What an hour earlier is worth, as a share of all data.
-    #[arg(long, default_value_t = 0.004)]
+    #[arg(long, default_value_t = 0.0005)]
     haste: f64,
     /// Where rows go; nowhere if absent.
     #[arg(long)]

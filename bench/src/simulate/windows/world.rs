@@ -210,3 +210,48 @@ impl Trial<'_> {
         days.into_iter().map(course).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Asked for at noon: 6,000 MiB over 10 MiB/s.
+    fn trial<'a>(link: &'a Link, dirty: impl Fn(usize) -> f64) -> Trial<'a> {
+        Trial {
+            link,
+            at: 9 * DAY + DAY / 2,
+            link_mib_s: 20.0,
+            whole: 6000.0,
+            dirty: (0..12 * DAY).map(dirty).collect(),
+            from: 8 * DAY + DAY / 2,
+            haste: 0.001,
+        }
+    }
+
+    #[test]
+    fn a_quiet_vm_goes_at_once_and_sends_what_there_is() {
+        let link = Link::new(&vec![0.5; 12 * DAY], 8 * DAY);
+        let quiet = trial(&link, |_| 0.0);
+        let now = quiet.sent_from(0).unwrap().unwrap();
+        assert!((now.mib - 6000.0).abs() < 1e-6 && now.ends_s <= 600.0, "{now:?}");
+        assert_eq!(quiet.at_two().unwrap().unwrap().begins_s, 14.0 * 3600.0);
+        for who in
+            [Who::Forecasts { in_parts: false }, Who::Forecasts { in_parts: true }, Who::Truth]
+        {
+            assert_eq!(quiet.planned(who).unwrap(), Some(now));
+        }
+    }
+
+    #[test]
+    fn one_that_outruns_the_link_until_two_each_day_is_waited_for() {
+        let link = Link::new(&vec![0.5; 12 * DAY], 8 * DAY);
+        let busy = |slot: usize| if (144..168).contains(&(slot % DAY)) { 30.0 } else { 0.0 };
+        let busy = trial(&link, busy);
+        let now = busy.sent_from(0).unwrap().unwrap();
+        assert!(now.mib > 5.0 * 6000.0, "{now:?}");
+        let best = busy.all_knowing().unwrap().unwrap();
+        assert!((best.mib - 6000.0).abs() < 1e-6, "{best:?}");
+        let planned = busy.planned(Who::Forecasts { in_parts: false }).unwrap().unwrap();
+        assert!(planned.mib < 1.1 * best.mib && planned.begins_s < 3.0 * 3600.0, "{planned:?}");
+    }
+}
