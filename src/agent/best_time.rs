@@ -21,8 +21,8 @@ const DIRTY_MIB_S_PER_CORE: f64 = 2.0;
 const LEFT_MIN: f64 = 0.05;
 /// What an hour earlier is worth, as a share of all data.
 const HASTE: f64 = 0.0005;
-/// Longest time that is looked ahead; a later deadline is taken for this.
-const AHEAD_S_MAX: i64 = 7 * 24 * 60 * 60;
+/// Longest time that is looked ahead; a later deadline is taken for this. Being asked costs some ms then.
+const AHEAD_S_MAX: i64 = 2 * 24 * 60 * 60;
 
 /// What bounds the choice.
 #[derive(Debug, Clone, Copy)]

@@ -23,7 +23,7 @@ use crate::stretch::{Step, Stretch};
 
 /// Shares of what crosses that must not be spoiled meanwhile, between which sending in parts chooses.
 const USEFUL: [f64; 4] = [f64::NEG_INFINITY, 0.3, 0.6, 0.85];
-/// Starts that are looked at: each slot up to the first number, then each so manieth.
+/// Starts that are looked at: each of so many slots from now on, and every third after them.
 const NEAR: usize = 12;
 const FAR_STEP: usize = 3;
 /// What arriving too late costs, in times of all data, and of what is left then: who is late anyway is to be
@@ -81,11 +81,11 @@ pub struct Advice {
     pub cost_mib: f64,
     /// What sending from now on would cost; infinite where it may not.
     pub now_mib: f64,
-    /// What holding back now and doing what is best then would cost.
+    /// What the best later start would cost; infinite if there is none.
     pub later_mib: f64,
     /// Share of the courses in which all has crossed by the deadline.
     pub in_time: f64,
-    /// When sending begins in the middle one of the courses; nothing if it never does.
+    /// When sending is to begin; nothing if it never may.
     pub starts_s: Option<i64>,
     /// When all has crossed in the middle one; nothing if that is too late in half of them.
     pub ends_s: Option<i64>,
