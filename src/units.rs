@@ -10,6 +10,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+/// Bytes of a MiB, for rates and sizes that are estimates.
+pub(crate) const MIB: f64 = 1_048_576.0;
+
 /// An amount that could not be read; the text shows one that can.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AmountError {

@@ -12,11 +12,10 @@ use longhaul_transport::BitRate;
 use super::answer::Desk;
 use super::load::disk_mib;
 use super::monitor::{PER_DAY, SLOT_S};
+use super::scheduling::{DIRTY_MIB_S, PAUSE_S};
 use crate::calendar::{RateCalendar, Windows};
+use crate::units::MIB;
 
-const MIB: f64 = 1_048_576.0;
-/// MiB a second that a busy core is thought to change.
-const DIRTY_MIB_S_PER_CORE: f64 = 2.0;
 /// Share of a link that is always thought to be left.
 const LEFT_MIN: f64 = 0.05;
 /// What an hour earlier is worth, as a share of all data.
@@ -52,7 +51,7 @@ impl Desk {
         let seen = self.monitor.history(bounds.vm, now_s)?;
         let dirty: Vec<f64> = seen
             .iter()
-            .map(|[cores, written]| f64::from(*cores) * DIRTY_MIB_S_PER_CORE + f64::from(*written))
+            .map(|[cores, written]| f64::from(*cores) * DIRTY_MIB_S.0 + f64::from(*written))
             .collect();
         let days = courses::like_now(&dirty, PER_DAY, slots);
         if days.is_empty() {
@@ -74,7 +73,7 @@ impl Desk {
             slots_from_s: slot_from_s,
             slot_s: SLOT_S as u32,
             deadline_s,
-            pause_s: 0.3,
+            pause_s: PAUSE_S,
             haste: HASTE,
             in_parts: false,
             has_begun: false,

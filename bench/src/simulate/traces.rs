@@ -70,6 +70,13 @@ pub struct BusinessVm {
     pub used: Vec<f64>,
 }
 
+impl BusinessVm {
+    /// Whether it has CPU and memory at all: the record has some that were never started.
+    pub fn is_on(&self) -> bool {
+        self.mhz > 0.0 && self.cores > 0.0 && self.memory_mib > 0
+    }
+}
+
 /// Reads what 500 business VMs used in a month from
 /// `bitbrains_rnd_MONTH_cpu_mhz.csv.zst` and `.._vms.csv.zst`. A sample that is missing repeats the one
 /// before it.

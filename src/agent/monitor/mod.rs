@@ -19,6 +19,7 @@ use serde_json::json;
 use super::jobs::Jobs;
 use super::links::Links;
 use super::registry::Registry;
+use crate::units::MIB;
 use kernel::{HostCounters, ProcessCounters};
 use longhaul_scheduler::season::Outlook;
 use profiles::Profiles;
@@ -135,7 +136,6 @@ impl Monitor {
 
     /// Adds the newest sample to the profiles. `sent` is when we looked last, and what we had sent by then.
     fn profile(&self, links: &Links, sent: &mut Option<(Instant, u64)>) {
-        const MIB: f64 = 1_048_576.0;
         let means = self.means(self.period);
         let ours: u64 = links.all().iter().map(|link| link.carried.wire_bytes_sent).sum();
         let now = Instant::now();

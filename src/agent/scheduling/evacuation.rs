@@ -18,6 +18,7 @@ use super::{Round, Scheduler};
 use crate::agent::answer::Desk;
 use crate::config::SchedulerConfig;
 use crate::control::{EvacuateRequest, EvacuationView, Failure, OrderOutcome, VmLoad};
+use crate::units::MIB;
 
 /// Slots of a plan at most, and their length at most, in seconds.
 const SLOTS: u64 = 288;
@@ -31,9 +32,9 @@ const SET_UP_S: f64 = 3.0;
 const RESERVE_S: u32 = 5;
 /// Memory that a guest is thought to change, in MiB a second for each core that it uses, and cautiously.
 /// Real guests under a database load change 5 to 8.
-const DIRTY_MIB_S: (f64, f64) = (2.0, 6.0);
+pub(in crate::agent) const DIRTY_MIB_S: (f64, f64) = (2.0, 6.0);
 /// Longest pause that a plan counts with, in seconds.
-const PAUSE_S: f64 = 0.3;
+pub(in crate::agent) const PAUSE_S: f64 = 0.3;
 /// Moves that predictions follow, and how many there must be.
 const LEARNED: std::ops::RangeInclusive<usize> = 3..=20;
 /// A VM whose move failed is tried again after this time in seconds, and so often.
@@ -41,7 +42,6 @@ const AGAIN_S: i64 = 20;
 const TRIES_MAX: usize = 3;
 /// A year: a deadline beyond it is none.
 const DEADLINE_S_MAX: u64 = 366 * 24 * 3600;
-const MIB: f64 = 1_048_576.0;
 
 impl Scheduler {
     /// Begins one, ends one, or only plans it.

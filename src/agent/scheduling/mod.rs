@@ -19,6 +19,7 @@ mod record;
 mod store;
 mod view;
 
+pub(super) use evacuation::{DIRTY_MIB_S, PAUSE_S};
 pub(super) use view::Glance;
 
 use std::collections::BTreeMap;

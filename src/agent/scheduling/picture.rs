@@ -13,6 +13,7 @@ use longhaul_scheduler::state::{Host, Moved, State, Vm};
 use super::store::Memory;
 use crate::config::SchedulerConfig;
 use crate::control::{HostLoad, OrderOutcome, VmLoad};
+use crate::units::MIB;
 
 /// Deviation of VMs of which nothing is known, as a share of their size.
 const COLD: f64 = 0.15;
@@ -22,7 +23,6 @@ const WATTS: (f64, f64) = (100.0, 200.0);
 const COMFORT_PER_ENTER: f64 = 1.1;
 /// A VM is judged, and its host with it, once it was seen so often.
 const SAMPLES_MIN: u64 = 2;
-const MIB: f64 = 1_048_576.0;
 
 /// The newest report of a host.
 #[derive(Debug, Clone, PartialEq)]

@@ -138,9 +138,8 @@ impl Records {
     /// A trial before its deadline is set.
     fn world(&self, seed: u64, dirty_per_core: f64) -> Result<World> {
         let mut lots = Xoshiro256PlusPlus::seed_from_u64(seed);
-        let is_on = |vm: &BusinessVm| vm.mhz > 0.0 && vm.cores > 0.0 && vm.memory_mib > 0;
         let mut chosen: Vec<usize> =
-            (0..self.vms.len()).filter(|&vm| is_on(&self.vms[vm])).collect();
+            (0..self.vms.len()).filter(|&vm| self.vms[vm].is_on()).collect();
         chosen.shuffle(&mut lots);
         let start = lots.random_range(BEFORE..self.leftover.len() - AFTER);
         let samples = self.vms.iter().map(|vm| vm.used.len()).min().unwrap_or(0);

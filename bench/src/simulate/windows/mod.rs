@@ -149,8 +149,7 @@ impl Records {
     /// A VM at a random time, and the link at the same time of a day of the same name.
     fn trial(&self, (mbit_s, per_core): (f64, f64), seed: u64, haste: f64) -> Result<Trial<'_>> {
         let mut lots = Xoshiro256PlusPlus::seed_from_u64(seed);
-        let is_on = |vm: &BusinessVm| vm.mhz > 0.0 && vm.cores > 0.0 && vm.memory_mib > 0;
-        let on: Vec<usize> = (0..self.vms.len()).filter(|&vm| is_on(&self.vms[vm])).collect();
+        let on: Vec<usize> = (0..self.vms.len()).filter(|&vm| self.vms[vm].is_on()).collect();
         ensure!(!on.is_empty(), "no VM is on");
         let vm = on[lots.random_range(0..on.len())];
         let (of, written) = (&self.vms[vm], &self.writes[vm]);
