@@ -121,23 +121,24 @@ pub enum BundleError {
 }
 
 impl ChunkBundle {
-    /// The serialized form.
+    /// The serialized form. Takes the parts, so none is held any longer than until it is copied.
     ///
     /// # Panics
     /// If there are more than [`MAX_BUNDLE_PARTS`] or [`MAX_BUNDLE_BYTES`], or a part that is
     /// empty, too long for a piece, or beyond what an offset can name.
-    pub fn encode(&self, compressor: &mut Compressor, level: Level) -> Bytes {
+    pub fn encode(self, compressor: &mut Compressor, level: Level) -> Bytes {
         assert!(self.parts.len() <= MAX_BUNDLE_PARTS, "bundles are made of so many parts");
         let mut offsets = Vec::new();
         let mut lens = Vec::new();
         let mut ids = Vec::new();
         let mut data = Vec::new();
         let mut end = 0;
-        for part in &self.parts {
+        let count = self.parts.len() as u64;
+        for part in self.parts {
             let (offset, len) = part.place();
             put_difference(&mut offsets, offset, end);
             end = offset.checked_add(len).expect("a disk ends before offsets do");
-            let (kind, limit) = match part {
+            let (kind, limit) = match &part {
                 BundlePart::Chunk { .. } => (KIND_PIECE, u64::from(MAX_PIECE_BYTES)),
                 BundlePart::Blocks { .. } => (KIND_BLOCKS, u64::from(MAX_PIECE_BYTES)),
                 BundlePart::Patch { .. } => (KIND_PATCH, u64::from(MAX_PIECE_BYTES)),
@@ -145,7 +146,7 @@ impl ChunkBundle {
             };
             assert!((1..=limit).contains(&len), "no part is so long");
             put_varint(&mut lens, len << 2 | kind);
-            if let BundlePart::Chunk { chunk, .. } = part {
+            if let BundlePart::Chunk { chunk, .. } = &part {
                 ids.extend_from_slice(chunk.id().as_bytes());
             }
             data.extend_from_slice(part.data());
@@ -156,7 +157,7 @@ impl ChunkBundle {
             Vec::with_capacity(16 + offsets.len() + lens.len() + ids.len() + packed.packed_len());
         out.push(VERSION);
         out.extend_from_slice(&self.disk.to_le_bytes());
-        put_varint(&mut out, self.parts.len() as u64);
+        put_varint(&mut out, count);
         out.extend_from_slice(&offsets);
         out.extend_from_slice(&lens);
         out.extend_from_slice(&ids);

@@ -6,14 +6,16 @@
 //! Invariant: [`decompress`] allocates no more than its caller allows, whatever the input says, and
 //! gives exactly as many bytes as the input states.
 //!
-//! Serialized [`Packed`]: coding (`u8`: 0 stored, 1 one Zstandard frame), unpacked length (varint),
-//! then the body up to the end of the input. The frame carries its content size and no checksum
-//! (hashes above this layer prove the bytes); skippable and further frames are refused.
+//! Serialized [`Packed`]: coding (`u8`: 0 stored, 1 one Zstandard frame, 2 raw [LZMA](crate::lzma)),
+//! unpacked length (varint), then the body up to the end of the input. The frame carries its content
+//! size and no checksum (hashes above this layer prove the bytes); skippable and further frames are
+//! refused.
 
 use bytes::Bytes;
 use zstd::zstd_safe::{self, CParameter};
 
 use crate::cursor::{Cursor, DecodeError, put_varint};
+use crate::lzma::{self, Effort};
 
 /// The most that one [`Packed`] may unpack to, in bytes. Callers allow less.
 pub const MAX_UNPACKED_BYTES: usize = 32 << 20;
@@ -25,6 +27,8 @@ pub enum Level {
     Store,
     /// Zstandard at this level; beyond [`Level::MIN_ZSTD`] and [`Level::MAX_ZSTD`] the nearest.
     Zstd(i32),
+    /// LZMA: denser than Zstandard for the same time, from its level 16 on.
+    Lzma(Effort),
 }
 
 impl Level {
@@ -45,6 +49,7 @@ impl Default for Level {
 enum Coding {
     Stored,
     Zstd,
+    Lzma,
 }
 
 /// Bytes, compressed if that was worth it, with the length that they unpack to.
@@ -69,8 +74,8 @@ pub enum UnpackError {
         /// What the caller allows.
         limit: usize,
     },
-    /// The body is not exactly one Zstandard frame of the stated length.
-    #[error("packed data is not one zstd frame of {stated} bytes")]
+    /// The body is not exactly what packing gives of so many bytes.
+    #[error("packed data is not one frame of {stated} bytes")]
     BadFrame {
         /// The stated length.
         stated: usize,
@@ -88,6 +93,7 @@ impl Packed {
         let coding = match cursor.u8("coding")? {
             0 => Coding::Stored,
             1 => Coding::Zstd,
+            2 => Coding::Lzma,
             _ => return Err(DecodeError::Invalid { what: "coding" }),
         };
         let unpacked_len = cursor.count(MAX_UNPACKED_BYTES, "unpacked length")? as u32;
@@ -99,6 +105,7 @@ impl Packed {
         out.push(match self.coding {
             Coding::Stored => 0,
             Coding::Zstd => 1,
+            Coding::Lzma => 2,
         });
         put_varint(out, u64::from(self.unpacked_len));
         out.extend_from_slice(&self.body);
@@ -143,7 +150,7 @@ pub struct Compressor {
 /// Compressed data must be smaller by 1/32, or unpacking is not worth the target's time.
 const WORTHWHILE_SHIFT: usize = 5;
 /// Faster levels than this skip over incompressible data about as fast as a probe would.
-const PROBE_FROM_LEVEL: i32 = 2;
+const PROBE_FROM_LEVEL: Level = Level::Zstd(2);
 /// Below this, the probe would look at most of the data.
 const PROBE_FROM_BYTES: usize = 64 << 10;
 /// A sample: long enough for the entropy coder to see skewed bytes, and for text to repeat.
@@ -151,6 +158,11 @@ const SAMPLE_BYTES: usize = 2 << 10;
 /// One sample in each stretch of this length.
 const SAMPLE_STRIDE: usize = 32 << 10;
 const PROBE_LEVEL: i32 = 1;
+
+/// As long as compressed data may be at most, or a little more.
+fn worthwhile(data: &[u8]) -> usize {
+    data.len() - (data.len() >> WORTHWHILE_SHIFT)
+}
 
 impl Compressor {
     /// A compressor; its memory grows with the level that it is used at (about 1 MiB at level 1,
@@ -172,21 +184,23 @@ impl Compressor {
     /// If `data` is longer than [`MAX_UNPACKED_BYTES`].
     pub fn compress(&mut self, level: Level, data: Bytes) -> Packed {
         assert!(data.len() <= MAX_UNPACKED_BYTES, "batches are bounded by their codecs");
-        let Level::Zstd(level) = level else {
-            return Packed::stored(data);
-        };
-        let level = level.clamp(Level::MIN_ZSTD, Level::MAX_ZSTD);
         if level >= PROBE_FROM_LEVEL
             && data.len() >= PROBE_FROM_BYTES
             && !self.samples_compress(&data)
         {
             return Packed::stored(data);
         }
-        match self.frame(level, &data) {
-            Some(frame) => {
-                let body = Bytes::copy_from_slice(frame);
-                Packed { coding: Coding::Zstd, unpacked_len: data.len() as u32, body }
-            }
+        let coded = match level {
+            Level::Store => None,
+            Level::Zstd(level) => self
+                .frame(level.clamp(Level::MIN_ZSTD, Level::MAX_ZSTD), &data)
+                .map(|frame| (Coding::Zstd, Bytes::copy_from_slice(frame))),
+            Level::Lzma(effort) => lzma::pack(effort, &data)
+                .filter(|body| body.len() < worthwhile(&data))
+                .map(|body| (Coding::Lzma, body.into())),
+        };
+        match coded {
+            Some((coding, body)) => Packed { coding, unpacked_len: data.len() as u32, body },
             None => Packed::stored(data),
         }
     }
@@ -205,7 +219,7 @@ impl Compressor {
     /// One frame in `scratch`, or nothing if it is not worth it. A failing encoder (out of memory)
     /// counts as that: the data goes as it is.
     fn frame(&mut self, level: i32, data: &[u8]) -> Option<&[u8]> {
-        let worthwhile = data.len() - (data.len() >> WORTHWHILE_SHIFT);
+        let worthwhile = worthwhile(data);
         // With room for no more than that, the encoder gives up as soon as it is exceeded.
         self.scratch.clear();
         self.scratch.reserve(worthwhile);
@@ -227,7 +241,7 @@ impl Default for Compressor {
 
 /// Unpacks at most `max_len` bytes.
 ///
-/// All lengths are compared before anything is allocated; a frame of another length than stated,
+/// All lengths are compared before anything is allocated; a body of another length than stated,
 /// with anything behind it or none at all, is refused.
 pub fn decompress(packed: &Packed, max_len: usize) -> Result<Bytes, UnpackError> {
     let stated = packed.unpacked_len();
@@ -235,8 +249,13 @@ pub fn decompress(packed: &Packed, max_len: usize) -> Result<Bytes, UnpackError>
         return Err(UnpackError::TooLarge { stated, limit: max_len });
     }
     let bad_frame = UnpackError::BadFrame { stated };
-    if packed.coding == Coding::Stored {
-        return if packed.body.len() == stated { Ok(packed.body.clone()) } else { Err(bad_frame) };
+    match packed.coding {
+        Coding::Stored if packed.body.len() == stated => return Ok(packed.body.clone()),
+        Coding::Stored => return Err(bad_frame),
+        Coding::Lzma => {
+            return lzma::unpack(&packed.body, stated).map(Bytes::from).ok_or(bad_frame);
+        }
+        Coding::Zstd => {}
     }
     let frame = &packed.body[..];
     let is_one_frame = frame.starts_with(&zstd_safe::MAGICNUMBER.to_le_bytes())
@@ -276,7 +295,8 @@ mod tests {
     #[test]
     fn noise_is_stored_and_text_is_not() {
         let mut compressor = Compressor::new();
-        for level in [Level::Zstd(-5), Level::Zstd(1), Level::Zstd(3), Level::Zstd(9)] {
+        let levels = [-5, 1, 3, 9].map(Level::Zstd);
+        for level in levels.into_iter().chain([Level::Lzma(Effort::Careful)]) {
             for len in [0, 1, 100, 4096, 100_000, 1 << 20] {
                 let packed = compressor.compress(level, noise(len));
                 assert!(packed.is_stored(), "{level:?} {len}");
@@ -342,7 +362,7 @@ mod tests {
         Packed::stored(Bytes::from_static(&[9; 300])).encode_into(&mut bytes);
         assert_eq!(bytes[..3], [0, 0xac, 0x02]);
         assert_eq!(bytes[3..], [9; 300]);
-        bytes[0] = 2;
+        bytes[0] = 3;
         assert!(Packed::decode(&bytes.into()).is_err());
     }
 }

@@ -7,6 +7,8 @@
 //! ```
 //! The best level has the greatest flow. Among equals it is the one that takes the least CPU, which the
 //! guests on this host could use; but up to [`Level::default`] fewer bytes are worth what they cost.
+//! Levels are steps, and what a link leaves time for mostly lies between two: a batch is coded at the
+//! next denser one whenever what is coded already keeps the link busy until then.
 //!
 //! Invariant: pure. A faster link never asks for a slower level. [`LevelPolicy::choose`] climbs one
 //! step at a time, because each step changes what is measured next, and descends at once, because
@@ -15,6 +17,7 @@
 use std::time::Duration;
 
 use crate::compress::Level;
+use crate::lzma::Effort;
 
 /// A level with what it does on an ordinary guest's memory on an ordinary core, until measured.
 struct Rung {
@@ -33,10 +36,11 @@ const fn rung(level: Level, bytes_per_s: f64, ratio: f64) -> Rung {
 const STORE_BYTES_PER_S: f64 = 8e9;
 
 /// From fastest to densest. Measurements scale the whole ladder, so only the proportions between
-/// rungs matter for long; they are the means over a tar of system libraries and the heap of a
-/// script interpreter that `examples/speed.rs` measured on 1 MiB batches. Level 12 is left out, as
-/// dense as 9 and slower, and so is 19: 3 MB/s.
-const LADDER: [Rung; 8] = [
+/// rungs matter for long. Those of Zstandard are the means over a tar of system libraries and the heap of a
+/// script interpreter that `examples/speed.rs` measured on 1 MiB batches, those of LZMA by what it
+/// makes of a Debian's disk in batches of 8 MiB beside level 9. Level 12 is left out, as dense as 9 and
+/// slower, and so are 16 and 19: LZMA is denser in the same time.
+const LADDER: [Rung; 10] = [
     rung(Level::Store, STORE_BYTES_PER_S, 1.0),
     rung(Level::Zstd(-5), 850e6, 2.2),
     rung(Level::Zstd(-1), 720e6, 3.0),
@@ -44,13 +48,21 @@ const LADDER: [Rung; 8] = [
     rung(Level::Zstd(3), 430e6, 3.6),
     rung(Level::Zstd(6), 130e6, 3.75),
     rung(Level::Zstd(9), 90e6, 3.85),
-    rung(Level::Zstd(16), 8e6, 4.0),
+    rung(Level::Lzma(Effort::Quick), 14e6, 4.25),
+    rung(Level::Lzma(Effort::Careful), 8.3e6, 4.4),
+    rung(Level::Lzma(Effort::Thorough), 3.5e6, 4.7),
 ];
 
 /// Flows and ratios that differ by less than this are equal: measurements are no better.
 const EQUAL_WITHIN: f64 = 0.03;
 /// What one batch weighs in the running averages.
 const NEW_WEIGHT: f64 = 0.125;
+/// What it weighs in what is known of its rung alone.
+const RUNG_WEIGHT: f64 = 1.0 / 32.0;
+/// A rung differs from the others' measure by no more than these factors.
+const RUNG_BOUNDS: (f64, f64) = (0.5, 2.0);
+/// What is coded must keep the link busy for so many times as long as a denser batch takes.
+const AHEAD_MARGIN: f64 = 1.25;
 /// How fast the compressibility that was measured is forgotten while nothing is compressed, per
 /// batch: other data may come, and only compressing it shows how it compresses.
 const FORGET_WEIGHT: f64 = 1.0 / 1024.0;
@@ -61,6 +73,8 @@ const BACKED_UP_ABOVE: f32 = 0.75;
 /// Rates beyond these come from a broken measurement.
 const RATE_BOUNDS: (f64, f64) = (1e3, 1e12);
 const SCALE_BOUNDS: (f64, f64) = (0.01, 100.0);
+/// One batch that all but vanishes says little of the next.
+const GAIN_BOUNDS: (f64, f64) = (0.0, 4.0);
 
 /// What a decision depends on besides the past batches.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -73,6 +87,10 @@ pub struct Conditions {
     pub coders: u32,
     /// How full the queue of coded batches before the link is: 0 empty, 1 full.
     pub queue_fill: f32,
+    /// What waits there, coded, in bytes.
+    pub ahead_bytes: u64,
+    /// Length of the batch that is to be coded, in bytes.
+    pub batch_bytes: u64,
 }
 
 /// Picks the level for the next batches.
@@ -84,6 +102,8 @@ pub struct LevelPolicy {
     speed_scale: f64,
     /// Measured gain (ratio - 1) by the ladder's.
     gain_scale: f64,
+    /// By what factors each rung's speed and gain differ from that.
+    own: [(f64, f64); LADDER.len()],
 }
 
 impl LevelPolicy {
@@ -93,7 +113,7 @@ impl LevelPolicy {
             .iter()
             .position(|rung| rung.level == Level::default())
             .expect("the ladder has the default level");
-        Self { rung, speed_scale: 1.0, gain_scale: 1.0 }
+        Self { rung, speed_scale: 1.0, gain_scale: 1.0, own: [(1.0, 1.0); LADDER.len()] }
     }
 
     /// The level in use.
@@ -107,35 +127,67 @@ impl LevelPolicy {
         if bytes_in == 0 {
             return;
         }
-        let Some(rung) = LADDER.iter().find(|rung| rung.level == level) else {
+        let Some(at) = LADDER.iter().position(|rung| rung.level == level) else {
             return;
         };
         if level == Level::Store {
             self.gain_scale += FORGET_WEIGHT * (1.0 - self.gain_scale);
             return;
         }
-        let gain = (bytes_in as f64 / bytes_out.max(1) as f64 - 1.0).max(0.0);
-        let gain_scale = (gain / (rung.ratio - 1.0)).min(SCALE_BOUNDS.1);
-        self.gain_scale += NEW_WEIGHT * (gain_scale - self.gain_scale);
+        let rung = &LADDER[at];
+        let (own_speed, own_gain) = &mut self.own[at];
+        let gain = (bytes_in as f64 / bytes_out.max(1) as f64 - 1.0).max(0.0) / (rung.ratio - 1.0);
+        learn(&mut self.gain_scale, own_gain, gain, GAIN_BOUNDS);
         // A batch that was stored after all shows the speed of the probe, not of the level.
         if bytes_out < bytes_in && !busy.is_zero() {
-            let speed_scale = bytes_in as f64 / busy.as_secs_f64() / rung.bytes_per_s;
-            let speed_scale = speed_scale.clamp(SCALE_BOUNDS.0, SCALE_BOUNDS.1);
-            self.speed_scale += NEW_WEIGHT * (speed_scale - self.speed_scale);
+            let speed = bytes_in as f64 / busy.as_secs_f64() / rung.bytes_per_s;
+            learn(&mut self.speed_scale, own_speed, speed, SCALE_BOUNDS);
         }
     }
 
-    /// The level for the next batches: the one in use, one step slower, or at once a faster one.
+    /// The level for the next batches: the one in use, one step slower, or at once a faster one; and for
+    /// this batch alone one step slower, if the link has enough to do until then.
     ///
     /// Where the queue contradicts the estimate, the queue is right and the level stays.
     pub fn choose(&mut self, conditions: &Conditions) -> Level {
         let best = self.best_rung(conditions);
         if best > self.rung && conditions.queue_fill >= STARVING_BELOW {
             self.rung += 1;
-        } else if best < self.rung && conditions.queue_fill <= BACKED_UP_ABOVE {
+        } else if best < self.rung
+            && conditions.queue_fill <= BACKED_UP_ABOVE
+            && !self.has_time(self.rung, conditions)
+        {
             self.rung = best;
         }
-        self.level()
+        match self.rung + 1 {
+            next if self.has_time(next, conditions) => LADDER[next].level,
+            _ => self.level(),
+        }
+    }
+
+    /// Whether a batch can be coded at this rung before the link has nothing more to do.
+    fn has_time(&self, rung: usize, conditions: &Conditions) -> bool {
+        rung < LADDER.len() && {
+            let coders = f64::from(conditions.coders.max(1));
+            let coding_s = conditions.batch_bytes as f64 / (self.bytes_per_s(rung) * coders);
+            let link = conditions.link_bytes_per_s;
+            conditions.ahead_bytes as f64 / link > coding_s * AHEAD_MARGIN
+        }
+    }
+
+    /// What one coder gets through at a rung.
+    fn bytes_per_s(&self, rung: usize) -> f64 {
+        match LADDER[rung].level {
+            Level::Store => STORE_BYTES_PER_S,
+            _ => {
+                let speed = LADDER[rung].bytes_per_s * self.speed_scale * self.own[rung].0;
+                speed.min(STORE_BYTES_PER_S)
+            }
+        }
+    }
+
+    fn ratio(&self, rung: usize) -> f64 {
+        1.0 + (LADDER[rung].ratio - 1.0) * self.gain_scale * self.own[rung].1
     }
 
     /// The level that these conditions ask for in the long run.
@@ -150,15 +202,10 @@ impl LevelPolicy {
             RATE_BOUNDS.1
         };
         let coders = f64::from(conditions.coders.max(1));
-        let ratios = LADDER.map(|rung| 1.0 + (rung.ratio - 1.0) * self.gain_scale);
+        let ratios: [f64; LADDER.len()] = std::array::from_fn(|at| self.ratio(at));
         let flows: [f64; LADDER.len()] = std::array::from_fn(|at| {
-            let coder = match LADDER[at].level {
-                Level::Store => STORE_BYTES_PER_S,
-                Level::Zstd(_) => {
-                    (LADDER[at].bytes_per_s * self.speed_scale).min(STORE_BYTES_PER_S)
-                }
-            };
-            (coder * coders).min(link * ratios[at]).min(conditions.supply_bytes_per_s)
+            let coder = self.bytes_per_s(at) * coders;
+            coder.min(link * ratios[at]).min(conditions.supply_bytes_per_s)
         });
         let greatest = flows.iter().copied().fold(0.0, f64::max);
         let is_best = |at: &usize| flows[*at] >= greatest * (1.0 - EQUAL_WITHIN);
@@ -170,6 +217,16 @@ impl LevelPolicy {
             densest.is_none_or(|densest| ratios[*at] >= ratios[densest] * (1.0 - EQUAL_WITHIN))
         };
         (cheapest..LADDER.len()).filter(is_best).find(worth).unwrap_or(cheapest)
+    }
+}
+
+/// Takes in what was measured, by the ladder's, of a rung: some of it is so of all rungs, some of this one.
+fn learn(all: &mut f64, own: &mut f64, measured: f64, bounds: (f64, f64)) {
+    let shared = (measured / *own).clamp(bounds.0, bounds.1);
+    *all += NEW_WEIGHT * (shared - *all);
+    if *all > SCALE_BOUNDS.0 {
+        let alone = (measured / *all).clamp(RUNG_BOUNDS.0, RUNG_BOUNDS.1);
+        *own += RUNG_WEIGHT * (alone - *own);
     }
 }
 
@@ -193,13 +250,16 @@ mod tests {
             supply_bytes_per_s: f64::INFINITY,
             coders,
             queue_fill: 0.5,
+            ahead_bytes: 0,
+            batch_bytes: 1 << 20,
         }
     }
 
     #[test]
     fn the_slower_of_link_and_coder_decides() {
         let policy = LevelPolicy::new();
-        assert_eq!(policy.best(&link(10.0, 1)), Level::Zstd(16));
+        assert_eq!(policy.best(&link(5.0, 1)), Level::Lzma(Effort::Thorough));
+        assert_eq!(policy.best(&link(20.0, 1)), Level::Lzma(Effort::Quick));
         assert_eq!(policy.best(&link(100.0, 1)), Level::Zstd(6));
         assert_eq!(policy.best(&link(500.0, 1)), Level::Zstd(3));
         assert_eq!(policy.best(&link(1000.0, 1)), Level::Zstd(3));
@@ -261,6 +321,44 @@ mod tests {
     }
 
     #[test]
+    fn a_batch_is_denser_when_the_link_has_enough_to_do_meanwhile() {
+        let mut policy = LevelPolicy::new();
+        let conditions = link(50.0, 2);
+        for _ in 0..10 {
+            policy.choose(&conditions);
+        }
+        assert_eq!(policy.level(), Level::Lzma(Effort::Quick));
+        // Two coders take a sixteenth of a second for a MiB at the next: 400 kB of this link.
+        let with = |ahead_bytes| Conditions { ahead_bytes, ..conditions };
+        assert_eq!(policy.choose(&with(300_000)), Level::Lzma(Effort::Quick));
+        assert_eq!(policy.choose(&with(600_000)), Level::Lzma(Effort::Careful));
+        assert_eq!(policy.choose(&with(0)), Level::Lzma(Effort::Quick));
+        // What would need a faster level in the long run does not while the link has enough to do.
+        let fast = |ahead_bytes| Conditions { ahead_bytes, ..link(500.0, 2) };
+        assert_eq!(policy.choose(&fast(20_000_000)), Level::Lzma(Effort::Careful));
+        assert!(policy.choose(&fast(0)) < Level::Lzma(Effort::Quick));
+    }
+
+    #[test]
+    fn a_rung_that_is_slower_than_its_place_is_known_as_that() {
+        let mut policy = LevelPolicy::new();
+        for _ in 0..200 {
+            // One as the ladder says, one at half of that.
+            policy.observe(Level::Zstd(9), 90_000_000, 30_000_000, Duration::from_secs(1));
+            policy.observe(
+                Level::Lzma(Effort::Quick),
+                7_000_000,
+                2_000_000,
+                Duration::from_secs(1),
+            );
+        }
+        let at = |level| LADDER.iter().position(|rung| rung.level == level).unwrap();
+        let (nine, quick) = (at(Level::Zstd(9)), at(Level::Lzma(Effort::Quick)));
+        assert!((85e6..95e6).contains(&policy.bytes_per_s(nine)), "{policy:?}");
+        assert!((6.5e6..7.5e6).contains(&policy.bytes_per_s(quick)), "{policy:?}");
+    }
+
+    #[test]
     fn broken_measurements_do_no_harm() {
         let mut policy = LevelPolicy::new();
         policy.observe(Level::Zstd(3), 0, 0, Duration::ZERO);
@@ -272,6 +370,8 @@ mod tests {
                 supply_bytes_per_s: rate,
                 coders: 0,
                 queue_fill: f32::NAN,
+                ahead_bytes: u64::MAX,
+                batch_bytes: 0,
             };
             policy.choose(&conditions);
         }
@@ -286,7 +386,7 @@ mod tests {
             speed_scale in 0.05_f64..20.0,
             gain_scale in 0.0_f64..5.0,
         ) {
-            let policy = LevelPolicy { rung: 0, speed_scale, gain_scale };
+            let policy = LevelPolicy { rung: 0, speed_scale, gain_scale, ..LevelPolicy::new() };
             prop_assert!(policy.best(&link(slow * factor, coders)) <= policy.best(&link(slow, coders)));
         }
     }

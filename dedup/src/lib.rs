@@ -17,7 +17,7 @@
 //!
 //! Reading order: [`id`], [`blocks`], [`chunk`], [`recipe`], [`index`], [`places`], [`summary`],
 //! [`offer`], [`grains`], [`patch`], [`bundle`] for disks; [`pages`], [`delta`], [`pagebatch`] for
-//! memory; [`compress`] and [`level`] for both.
+//! memory; [`compress`], [`lzma`] and [`level`] for both.
 //!
 #![doc = include_str!("../FORMAT.md")]
 
@@ -31,6 +31,7 @@ pub mod grains;
 pub mod id;
 pub mod index;
 pub mod level;
+pub mod lzma;
 pub mod offer;
 pub mod pagebatch;
 pub mod pages;

@@ -12,6 +12,7 @@ use longhaul_dedup::{
     compress::{Compressor, Level, Packed, decompress},
     grains::GrainId,
     id::ChunkId,
+    lzma::Effort,
     offer::{Answer, BlockList, Offer},
     recipe::RecipeEntry,
     summary::{Summaries, Summary},
@@ -19,7 +20,12 @@ use longhaul_dedup::{
 use proptest::prelude::*;
 
 fn level() -> impl Strategy<Value = Level> {
-    prop_oneof![Just(Level::Store), (-5_i32..6).prop_map(Level::Zstd)]
+    prop_oneof![
+        Just(Level::Store),
+        (-5_i32..6).prop_map(Level::Zstd),
+        Just(Level::Lzma(Effort::Quick)),
+        Just(Level::Lzma(Effort::Thorough)),
+    ]
 }
 
 /// Data that compresses, that does not, and in between.
@@ -175,7 +181,7 @@ proptest! {
 
     #[test]
     fn bundles_come_back(bundle in bundle(), level in level()) {
-        let bytes = bundle.encode(&mut Compressor::new(), level);
+        let bytes = bundle.clone().encode(&mut Compressor::new(), level);
         prop_assert_eq!(ChunkBundle::decode(&bytes, MAX_BUNDLE_BYTES).unwrap(), bundle);
     }
 
@@ -187,7 +193,7 @@ proptest! {
         mutations in mutations(),
         cut in any::<prop::sample::Index>(),
     ) {
-        let bytes = bundle.encode(&mut Compressor::new(), level);
+        let bytes = bundle.clone().encode(&mut Compressor::new(), level);
         if let Ok(changed) = ChunkBundle::decode(&mutate(&bytes, &mutations).into(), 1 << 20) {
             for part in changed.parts {
                 if let BundlePart::Chunk { chunk, .. } = part {

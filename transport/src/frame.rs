@@ -11,7 +11,7 @@ use crate::class::Class;
 
 /// The version of everything above QUIC. Both sides must have the same one: a migration spans two
 /// agents and is cheap to refuse, while a guess about what an old peer meant is not.
-pub const PROTOCOL_VERSION: u16 = 5;
+pub const PROTOCOL_VERSION: u16 = 6;
 /// Largest control frame, kind byte included.
 pub const MAX_CONTROL_FRAME: usize = 1024 * 1024;
 /// Largest batch, the caller's header included.
