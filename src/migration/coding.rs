@@ -5,12 +5,13 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::coders;
 use longhaul_dedup::compress::Level;
 use longhaul_dedup::level::{Conditions, LevelPolicy};
+use longhaul_dedup::lzma::Effort;
 
-/// Cores of a host that one attempt compresses on, at most: guests use the others. One core is left for
-/// reading, hashing and sending.
-const CODERS_MAX: usize = 4;
+/// Pages are coded while a guest may be waiting for them.
+const DENSEST_OF_PAGES: Level = Level::Lzma(Effort::Quick);
 /// What one turn weighs in the running averages.
 const NEW_WEIGHT: f64 = 0.25;
 /// Coders that have nothing to do for more than this share of their time wait for who reads.
@@ -35,7 +36,6 @@ pub(super) struct Turn {
 /// The policy of one attempt.
 #[derive(Debug)]
 pub(super) struct Coding {
-    coders: usize,
     state: Mutex<State>,
 }
 
@@ -52,18 +52,18 @@ struct State {
 
 impl Coding {
     pub(super) fn new() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let state = State { policy: LevelPolicy::new(), busy: 1.0, starving: 0.0, pace: 0.0 };
-        Self { coders: (cores - 1).clamp(1, CODERS_MAX), state: Mutex::new(state) }
+        Self { state: Mutex::new(state) }
     }
 
     /// How many disk bundles are to be coded at once.
     pub(super) fn coders(&self) -> usize {
-        self.coders
+        coders::count()
     }
 
-    /// The level for the next disk bundle, with a link of this rate.
-    pub(super) fn level(&self, link_bytes_per_s: f64) -> Level {
+    /// The level for the next disk bundle of so many bytes, with a link of this rate before which so many
+    /// bytes wait, coded.
+    pub(super) fn level(&self, link_bytes_per_s: f64, ahead_bytes: u64, batch_bytes: u64) -> Level {
         let mut state = self.lock();
         let supply_bytes_per_s = match state.starving > STARVING_ABOVE {
             true => state.pace,
@@ -72,8 +72,10 @@ impl Coding {
         let conditions = Conditions {
             link_bytes_per_s,
             supply_bytes_per_s,
-            coders: self.coders as u32,
+            coders: coders::count() as u32,
             queue_fill: (1.0 - state.busy) as f32,
+            ahead_bytes,
+            batch_bytes,
         };
         state.policy.choose(&conditions)
     }
@@ -83,7 +85,7 @@ impl Coding {
         let Turn { level, payload, bytes, busy, starved, elapsed } = *turn;
         let mut state = self.lock();
         let elapsed = elapsed.as_secs_f64().max(1e-6);
-        let share = |of: Duration| (of.as_secs_f64() / (elapsed * self.coders as f64)).min(1.0);
+        let share = |of: Duration| (of.as_secs_f64() / (elapsed * coders::count() as f64)).min(1.0);
         state.busy += NEW_WEIGHT * (share(busy) - state.busy);
         state.starving += NEW_WEIGHT * (share(starved) - state.starving);
         state.pace += NEW_WEIGHT * (payload as f64 / elapsed - state.pace);
@@ -94,8 +96,15 @@ impl Coding {
     /// may be under way in use (0 to 1).
     pub(super) fn page_level(&self, link_bytes_per_s: f64, queue_fill: f32) -> Level {
         let supply_bytes_per_s = f64::INFINITY;
-        let conditions = Conditions { link_bytes_per_s, supply_bytes_per_s, coders: 1, queue_fill };
-        self.lock().policy.choose(&conditions)
+        let conditions = Conditions {
+            link_bytes_per_s,
+            supply_bytes_per_s,
+            coders: 1,
+            queue_fill,
+            ahead_bytes: 0,
+            batch_bytes: 0,
+        };
+        self.lock().policy.choose(&conditions).min(DENSEST_OF_PAGES)
     }
 
     /// What a batch of pages came to.

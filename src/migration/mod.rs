@@ -19,6 +19,7 @@
 //! [`staging`] (what waits), [`message`] (what is said).
 
 mod attempts;
+mod coders;
 mod coding;
 pub mod converge;
 mod disk;

@@ -19,6 +19,7 @@ use longhaul_dedup::compress::{Compressor, Level};
 use longhaul_transport::Class;
 use tokio::sync::watch;
 
+use super::super::coders;
 use super::super::coding::{Coding, Turn};
 use super::super::error::MigrationError;
 use super::super::link::Link;
@@ -46,7 +47,9 @@ struct Gathered {
     bytes: u64,
     /// Payload of a bundle, at most: what the last one says that is too much when coded.
     limit: u64,
-    /// Coded bytes that are being handed to the transport.
+    /// Coded bytes that are not with the transport yet.
+    coded: u64,
+    /// Those of them that are being handed to the transport.
     sending: u64,
     /// Bundles that were taken and are not with the transport yet.
     in_hand: usize,
@@ -58,8 +61,16 @@ struct Gathered {
 
 impl Default for Gathered {
     fn default() -> Self {
-        let (parts, bytes, limit, sending, in_hand) = (Vec::new(), 0, BUNDLE_BYTES_MIN, 0, 0);
-        Self { parts, bytes, limit, sending, in_hand, is_last: false, is_closed: false }
+        Self {
+            parts: Vec::new(),
+            bytes: 0,
+            limit: BUNDLE_BYTES_MIN,
+            coded: 0,
+            sending: 0,
+            in_hand: 0,
+            is_last: false,
+            is_closed: false,
+        }
     }
 }
 
@@ -211,14 +222,16 @@ impl<'a> Packer<'a> {
     async fn code(&self, taken: Taken) -> Coded {
         let Taken { item, parts, payload, starved } = taken;
         let bundle = ChunkBundle { disk: self.disk, parts };
-        let level = self.coding.level(self.link.bytes_per_s());
+        let ahead = self.gathered.borrow().coded;
+        let level = self.coding.level(self.link.bytes_per_s(), ahead, payload);
         let mut compressor = self.compressors().pop().unwrap_or_default();
-        let coding = tokio::task::spawn_blocking(move || {
+        let (compressor, body, busy) = coders::run(move || {
             let began = Instant::now();
             let body = bundle.encode(&mut compressor, level);
             (compressor, body, began.elapsed())
-        });
-        let (compressor, body, busy) = coding.await.expect("encoding does not panic");
+        })
+        .await;
+        self.gathered.send_modify(|gathered| gathered.coded += body.len() as u64);
         self.compressors().push(compressor);
         let now = Instant::now();
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
@@ -261,6 +274,7 @@ impl<'a> Packer<'a> {
         let sent = self.link.send_bulk(self.class, &BulkHeader::Chunks { item }, body).await;
         self.gathered.send_modify(|gathered| {
             gathered.in_hand -= 1;
+            gathered.coded -= bytes;
             gathered.sending -= bytes;
         });
         sent

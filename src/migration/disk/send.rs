@@ -36,8 +36,13 @@ use crate::hypervisor::DiskView;
 
 /// Parcels that are read ahead of the link: 32 MiB.
 const PARCELS_AHEAD: usize = 2;
-/// Data of parcels under way that is kept in memory. At 200 ms and 1 Gbit/s 25 MiB are on their way.
+/// Data of parcels under way that is kept in memory, at most. At 200 ms and 1 Gbit/s 25 MiB are on their
+/// way, which may be four times as much before compression.
 const KEPT_BYTES: usize = 96 << 20;
+/// As much is always kept, and beyond it what the link carries in so many seconds: behind a thin link all
+/// that is kept just waits.
+const KEPT_BYTES_MIN: usize = 48 << 20;
+const KEPT_S: f64 = 3.0;
 /// Parcels with data in one message of summaries. The first has one, and each twice as many as that
 /// before, lest the first bytes wait for much reading.
 const SUMMARIES_AT_ONCE: usize = 32;
@@ -106,6 +111,14 @@ impl<'a> DiskSender<'a> {
         Self { kept_bytes: 0, ..self }
     }
 
+    /// Room for a parcel's data, of all that there is room for.
+    fn keep(&self, all: &Arc<Semaphore>, bytes: u64) -> Option<OwnedSemaphorePermit> {
+        let carried = (self.link.bytes_per_s() * KEPT_S) as usize;
+        let beyond = self.kept_bytes.saturating_sub(carried.max(KEPT_BYTES_MIN));
+        let fits = all.available_permits() >= beyond + bytes as usize;
+        fits.then(|| Arc::clone(all).try_acquire_many_owned(bytes as u32).ok()).flatten()
+    }
+
     /// Sends what a view covers. Returns once everything is with the transport and, after
     /// [`How::Offer`], once the target has put together all that was offered.
     pub(in super::super) async fn send(
@@ -149,8 +162,7 @@ impl<'a> DiskSender<'a> {
                     sending.send_pieces(&Sending { parcel, kept: None }, all).await?;
                     continue;
                 }
-                let kept =
-                    Arc::clone(&kept_bytes).try_acquire_many_owned(parcel.data_bytes() as u32).ok();
+                let kept = self.keep(&kept_bytes, parcel.data_bytes());
                 if kept.is_none() {
                     parcel.stretches.clear();
                 }
