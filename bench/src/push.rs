@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::agent;
+use crate::chunks::coding::Coded;
+use crate::chunks::rivals::{self, Rival};
 use crate::guest;
 use crate::host::{AgentPair, POOL};
 use crate::interrupt;
@@ -43,6 +45,10 @@ pub struct Plan {
     /// again at once; may be repeated.
     #[arg(long = "kill", value_name = "MIB")]
     kills: Vec<u64>,
+    /// Also measure what these send of each image to a target that has the one before it; patches are not
+    /// made of the first.
+    #[arg(long, value_delimiter = ',', value_enum)]
+    rivals: Vec<Rival>,
     /// Decides the WAN's losses; each run has the next.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -90,8 +96,23 @@ pub struct Row {
     pub cpu_s: [f64; 2],
     /// The most memory that each agent has had in its life, in bytes.
     pub peak_rss_bytes: [u64; 2],
+    /// What others send, without a WAN and its headers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rivals: Vec<Rivalled>,
     /// The product's own report.
     pub report: Value,
+}
+
+/// What a rival sends of the same image.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Rivalled {
+    /// The rival.
+    pub tool: String,
+    /// Its version in its own words.
+    pub version: String,
+    /// What came out.
+    #[serde(flatten)]
+    pub coded: Coded,
 }
 
 /// Pushes the plan's images over a WAN of `profile`, and appends a row for each.
@@ -134,8 +155,9 @@ fn one_run(plan: &Plan, profile: &Profile, revision: &Revision, name: &str) -> R
     let mut pair = AgentPair::start(&wan, &folders, [&qemu, &qemu], "tcg")?;
     for (at, image) in plan.images.iter().enumerate() {
         interrupt::check()?;
-        let row = interrupt::or_came(one(plan, profile, revision, &wan, &mut pair, at, image))
+        let mut row = interrupt::or_came(one(plan, profile, revision, &wan, &mut pair, at, image))
             .with_context(|| format!("while pushing {}", image.display()))?;
+        row.rivals = interrupt::or_came(rivalled(plan, at, scratch.path()))?;
         eprintln!(
             "push {}: {:.1} s, {:.2} MiB on the wire, CPU {:.1} + {:.1} s",
             row.step,
@@ -144,9 +166,34 @@ fn one_run(plan: &Plan, profile: &Profile, revision: &Revision, name: &str) -> R
             row.cpu_s[0],
             row.cpu_s[1]
         );
+        for rival in &row.rivals {
+            let mib = rival.coded.bytes as f64 / f64::from(1 << 20);
+            eprintln!("  {}: {mib:.2} MiB, CPU {:.1} s", rival.tool, rival.coded.cpu_s);
+        }
         row::append(&plan.results, &row)?;
     }
     Ok(())
+}
+
+/// What the rivals make of the image with this number.
+fn rivalled(plan: &Plan, at: usize, scratch: &Path) -> Result<Vec<Rivalled>> {
+    let nothing = scratch.join("nothing");
+    std::fs::write(&nothing, [])?;
+    let (old, new) = match at {
+        0 => (&nothing, &plan.images[0]),
+        _ => (&plan.images[at - 1], &plan.images[at]),
+    };
+    let tools = plan.rivals.iter().filter(|rival| at > 0 || !rival.is_patch());
+    let measure = |rival: &Rival| {
+        interrupt::check()?;
+        let name = clap::ValueEnum::to_possible_value(rival).expect("no rival is hidden");
+        Ok(Rivalled {
+            tool: name.get_name().to_owned(),
+            version: rivals::version(*rival)?,
+            coded: rivals::measure(*rival, old, new, scratch)?,
+        })
+    };
+    tools.map(measure).collect()
 }
 
 fn one(
@@ -211,6 +258,7 @@ fn one(
         dropped_bytes: Some(after.dropped_bytes() - before.dropped_bytes()),
         cpu_s: cpu,
         peak_rss_bytes: now.map(peak_rss_bytes),
+        rivals: Vec::new(),
         report: answer.get("completed").unwrap_or(&answer).clone(),
     })
 }

@@ -43,6 +43,13 @@ pub enum Rival {
     Patch3,
 }
 
+impl Rival {
+    /// Whether it is given both images at the source.
+    pub fn is_patch(self) -> bool {
+        matches!(self, Self::Patch19 | Self::Patch3)
+    }
+}
+
 /// Clock ticks of /proc, in a second.
 const TICKS_PER_S: f64 = 100.0;
 
