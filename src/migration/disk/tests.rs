@@ -23,6 +23,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 
+mod damage;
 mod index;
 mod recalled;
 mod similar;
@@ -128,8 +129,13 @@ impl DiskView for Guest {
     }
 }
 
+/// Something that befalls the target.
+type Harm = Box<dyn FnOnce() + Send>;
+
 struct Ends {
     dir: TempDir,
+    /// What befalls it once it has applied so many items.
+    harm: Option<(u64, Harm)>,
     /// Kept: they carry the session.
     _endpoints: [Endpoint; 2],
     source: Session,
@@ -165,7 +171,13 @@ async fn ends_in(dir: TempDir) -> Ends {
     let endpoints = [bind(&one, &two), bind(&two, &one)];
     let connecting = endpoints[0].connect(endpoints[1].local_addr(), two.fingerprint());
     let (source, target) = tokio::join!(connecting, endpoints[1].accept());
-    Ends { dir, source: source.unwrap(), target: target.unwrap(), _endpoints: endpoints }
+    Ends {
+        dir,
+        harm: None,
+        source: source.unwrap(),
+        target: target.unwrap(),
+        _endpoints: endpoints,
+    }
 }
 
 impl Ends {
@@ -216,7 +228,7 @@ impl Ends {
     }
 
     async fn send_recorded(
-        self,
+        mut self,
         guest: &Guest,
         how: How,
         known: impl Into<Known>,
@@ -227,6 +239,7 @@ impl Ends {
         let (said, _hears) = self.target.control().unwrap();
         let (all, mut counted) = oneshot::channel();
         let target = self.target.clone();
+        let mut harm = self.harm.take();
         let receiving = tokio::spawn(async move {
             let mut items = None;
             while items != Some(receiver.items()) {
@@ -238,6 +251,9 @@ impl Ends {
                     batch = target.recv_batch() => batch.unwrap(),
                 };
                 let (header, body) = BulkHeader::decode(batch.body).unwrap();
+                if let Some((_, harm)) = harm.take_if(|(item, _)| *item <= receiver.items()) {
+                    harm();
+                }
                 if let Some(answer) =
                     receiver.apply(Unpacked::of(header, body).await).await.unwrap()
                 {

@@ -11,7 +11,7 @@ use super::*;
 use crate::hypervisor::spec::ImageFormat;
 
 /// An index that has read this image.
-fn index_of(ends: &Ends, path: &PathBuf) -> Arc<Places> {
+pub(super) fn index_of(ends: &Ends, path: &PathBuf) -> Arc<Places> {
     let index = Places::open(&ends.dir.path().join("index")).unwrap();
     let data = fs::read(path).unwrap();
     let bytes = data.len() as u64;

@@ -21,7 +21,7 @@ fn edited(old: &[u8]) -> Vec<u8> {
 }
 
 /// An image beside the one that arrives, with its record.
-fn sibling(ends: &Ends, data: &[u8]) -> ImageFile {
+pub(super) fn sibling(ends: &Ends, data: &[u8]) -> ImageFile {
     let path = ends.dir.path().join("sibling.raw");
     fs::write(&path, data).unwrap();
     let mut log = RecipeLog::create(&RecipeLog::path_for(&path), data.len() as u64).unwrap();
