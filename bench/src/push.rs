@@ -126,6 +126,9 @@ pub fn run(plan: &Plan, profile: &Profile) -> Result<()> {
         let _ = wan::down(&format!("push-{}", std::process::id()));
     })?;
     let revision = Revision::current()?;
+    // Rivals run in folders of their own.
+    let images: Result<Vec<_>, _> = plan.images.iter().map(std::path::absolute).collect();
+    let plan = &Plan { images: images?, ..plan.clone() };
     (0..plan.runs).try_for_each(|run| {
         one_run(
             &Plan { seed: plan.seed + u64::from(run), ..plan.clone() },
