@@ -124,6 +124,8 @@ impl Job<'_> {
 
     fn casync(&self) -> Result<Coded> {
         let store = self.folder.join("store.castr");
+        // Of an empty image it makes none.
+        fs::create_dir(&store)?;
         let make = |image: &Path, index: &str| {
             let mut command = Command::new("casync");
             command.arg("make").arg("--what=blob-index").arg("--store").arg(&store);
