@@ -414,6 +414,14 @@ async fn take_over(from: &Qemu, to: &Qemu, line: &str) {
     assert_eq!(sent.data["status"], "completed", "{}", words());
     let loaded = loaded.unwrap_or_else(|e| panic!("{e}: {}", words()));
     assert_eq!(loaded.data["status"], "completed", "{}", words());
+    // QEMU tells that a migration has ended before it takes the VM out of this state.
+    let leaves = async || {
+        while source.execute("query-status", json!({})).await.unwrap()["status"] == "finish-migrate"
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(limit, leaves()).await.unwrap();
     let said = leaving(&source).await.unwrap();
     assert!(said.iter().any(|s| s.contains("migrated already")), "{said:?}");
     target.qmp.execute("cont", json!({})).await.unwrap();

@@ -21,6 +21,8 @@ static POOL: LazyLock<ThreadPool> = LazyLock::new(|| {
         .start_handler(|_| {
             let _ = rustix::process::setpriority_process(None, NICE);
         })
+        // Who waits for the work learns of it, and the agent lives on.
+        .panic_handler(drop)
         .build()
         .expect("threads can be started while an agent starts")
 });
