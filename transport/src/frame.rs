@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn bytes_are_fixed() {
-        let greeting = b"\x46\0\0\0LHUL\x05\0\x03\x02\0\0\0\0\0\0\x050.1.0sixteen letters.\
+        let greeting = b"\x46\0\0\0LHUL\x06\0\x03\x02\0\0\0\0\0\0\x050.1.0sixteen letters.\
             \x01\x07\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0\x01and sixteen more";
         assert_eq!(hello().encode(), greeting);
         let message = encode_control(&(7u32, "ab")).unwrap();
