@@ -189,9 +189,8 @@ fn rivalled(plan: &Plan, at: usize, scratch: &Path) -> Result<Vec<Rivalled>> {
     let tools = plan.rivals.iter().filter(|rival| at > 0 || !rival.is_patch());
     let measure = |rival: &Rival| {
         interrupt::check()?;
-        let name = clap::ValueEnum::to_possible_value(rival).expect("no rival is hidden");
         Ok(Rivalled {
-            tool: name.get_name().to_owned(),
+            tool: rival.name(),
             version: rivals::version(*rival)?,
             coded: rivals::measure(*rival, old, new, scratch)?,
         })

@@ -11,6 +11,7 @@ use longhaul_dedup::{
     blocks::{hash_blocks, scan},
     compress::{Compressor, Level, decompress},
     delta::{self, SubHashes},
+    lzma::Effort,
     pagebatch::{ContentHasher, Limits, PageAt, PageRecord, decode, encode},
     pages::{PAGE_BYTES, Page, PageHash, hash_pages},
     zeros::is_zero,
@@ -119,7 +120,9 @@ fn compression(what: &str, data: &[u8]) {
     for batch_bytes in [64 << 10, 1 << 20, 8 << 20] {
         let batches: Vec<Bytes> = data.chunks(batch_bytes).map(Bytes::copy_from_slice).collect();
         let bytes = data.len();
-        for level in [-5, -1, 1, 3, 6, 9, 12, 16, 19].map(Level::Zstd) {
+        let zstd = [-5, -1, 1, 3, 6, 9, 12, 16, 19].map(Level::Zstd);
+        let lzma = [Effort::Quick, Effort::Careful, Effort::Thorough].map(Level::Lzma);
+        for level in zstd.into_iter().chain(lzma) {
             let mut compressor = Compressor::new();
             let mut packed = Vec::new();
             let seconds = best_of(if level < Level::Zstd(6) { PASSES } else { 1 }, || {

@@ -2,8 +2,8 @@
 //! can use.
 //!
 //! On batches of a Debian's disk the fastest of these takes half of the time that Zstandard's level 16 takes
-//! and 5 % fewer bytes; the densest takes as long as level 19 and 7 % fewer (`examples/speed.rs`, and
-//! docs/disk.md).
+//! and 5 % fewer bytes; the densest takes as long as level 19 and 7 % fewer (docs/disk.md;
+//! `examples/speed.rs` measures them on any file).
 //!
 //! Invariant: the window is never longer than the batch, nor than [`WINDOW_BYTES_MAX`]: packing takes no
 //! more than 40 MiB, and unpacking the batch and its window.

@@ -15,7 +15,7 @@ const NICE: i32 = 10;
 
 static POOL: LazyLock<ThreadPool> = LazyLock::new(|| {
     ThreadPoolBuilder::new()
-        .num_threads(count())
+        .num_threads(std::thread::available_parallelism().map_or(1, usize::from).min(CODERS_MAX))
         .thread_name(|at| format!("coder-{at}"))
         // Where it is refused, they compress all the same.
         .start_handler(|_| {
@@ -29,7 +29,7 @@ static POOL: LazyLock<ThreadPool> = LazyLock::new(|| {
 
 /// How many work at once.
 pub(super) fn count() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from).min(CODERS_MAX)
+    POOL.current_num_threads()
 }
 
 /// Does work on one of them.

@@ -5,10 +5,11 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::coders;
 use longhaul_dedup::compress::Level;
 use longhaul_dedup::level::{Conditions, LevelPolicy};
 use longhaul_dedup::lzma::Effort;
+
+use super::coders;
 
 /// Pages are coded while a guest may be waiting for them.
 const DENSEST_OF_PAGES: Level = Level::Lzma(Effort::Quick);
@@ -54,11 +55,6 @@ impl Coding {
     pub(super) fn new() -> Self {
         let state = State { policy: LevelPolicy::new(), busy: 1.0, starving: 0.0, pace: 0.0 };
         Self { state: Mutex::new(state) }
-    }
-
-    /// How many disk bundles are to be coded at once.
-    pub(super) fn coders(&self) -> usize {
-        coders::count()
     }
 
     /// The level for the next disk bundle of so many bytes, with a link of this rate before which so many

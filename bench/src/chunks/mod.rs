@@ -219,8 +219,7 @@ pub fn run_rivals(plan: &RivalPlan) -> Result<()> {
     for rival in &plan.tools {
         let version = rivals::version(*rival)?;
         let coded = rivals::measure(*rival, &pair.old, &pair.new, &plan.work)?;
-        let name = clap::ValueEnum::to_possible_value(rival).expect("no rival is hidden");
-        pair.append(bytes, name.get_name().to_owned(), version, Found::Rival(coded))?;
+        pair.append(bytes, rival.name(), version, Found::Rival(coded))?;
     }
     Ok(())
 }

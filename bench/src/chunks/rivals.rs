@@ -44,6 +44,12 @@ pub enum Rival {
 }
 
 impl Rival {
+    /// As it is called on the command line and in rows.
+    pub fn name(self) -> String {
+        let value = clap::ValueEnum::to_possible_value(&self).expect("no rival is hidden");
+        value.get_name().to_owned()
+    }
+
     /// Whether it is given both images at the source.
     pub fn is_patch(self) -> bool {
         matches!(self, Self::Patch19 | Self::Patch3)

@@ -184,7 +184,7 @@ impl<'a> Packer<'a> {
     pub(super) fn run(&self) -> BoxFuture<'_, Result<(), MigrationError>> {
         stream::unfold((), |()| async { Some((self.take().await?, ())) })
             .map(|bundle| self.code(bundle))
-            .buffer_unordered(self.coding.coders())
+            .buffer_unordered(coders::count())
             .map(|coded| self.send(coded))
             .buffer_unordered(SENDS_AT_ONCE)
             .try_collect()
