@@ -31,7 +31,7 @@ use crate::migration::job::{self, Dial as _, MoveOptions, Side, Site};
 use crate::migration::journal::{Began, History, JournalDir, Role};
 use crate::migration::message::{JobId, Purpose};
 use crate::migration::seeds::SeedBook;
-use crate::migration::{self, Attempts, Completed, MigrationError, Progress};
+use crate::migration::{self, Attempts, Coding, Completed, MigrationError, Progress};
 
 /// Downtime that is borne where the limit cannot be reached, as a multiple of the limit.
 const DOWNTIME_STRETCH: f64 = 10.0;
@@ -159,7 +159,8 @@ impl MigrationMover {
         let is_seed = purpose == Purpose::Seed;
         let worthwhile =
             |error: &MigrationError| error.is_forgotten() || (error.is_cut() && is_seed);
-        let attempt = || self.attempt(job, &order, &dial, progress, cancel);
+        let coding = Coding::default();
+        let attempt = || self.attempt(job, &order, &coding, &dial, progress, cancel);
         let completed = tries(job, progress, cancel, worthwhile, attempt).await?;
         self.index.take_records();
         Ok(completed)
@@ -169,6 +170,7 @@ impl MigrationMover {
         &self,
         job: &Job,
         order: &job::Job,
+        coding: &Coding,
         dial: &Dialer,
         progress: &watch::Sender<Progress>,
         cancel: &CancelToken,
@@ -181,7 +183,8 @@ impl MigrationMover {
         let cancelled = async {
             cancel.cancelled().await;
         };
-        let outcome = migration::run(&self.site, order, session, dial, progress, cancelled).await;
+        let outcome =
+            migration::run(&self.site, order, session, coding, dial, progress, cancelled).await;
         // One job moves a VM at a time: what of it has not ended is this one's, or older.
         self.recover_left(|began, _| began.role == Role::Source && began.vm == job.vm);
         outcome
@@ -200,12 +203,13 @@ impl MigrationMover {
             return Err(Failure::refused("a push names an image", ""));
         };
         let (_caps, dial) = self.begin(job);
+        let coding = Coding::default();
         let attempt = || async {
             let attempt = async {
                 let session = dial.dial().await;
                 let session =
                     session.map_err(|detail| MigrationError::cut(&job.peer.name, detail))?;
-                migration::push(&self.site, order, session, progress).await
+                migration::push(&self.site, order, session, &coding, progress).await
             };
             tokio::select! {
                 ended = attempt => ended,

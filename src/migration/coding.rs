@@ -1,6 +1,7 @@
 //! How hard an attempt compresses: by the slower of link and core, as it turns out.
 //!
-//! Invariant: one policy serves an attempt, so what disk bundles teach is known to memory batches.
+//! Invariant: one policy serves a job, so what disk bundles teach is known to memory batches, and what one
+//! attempt learnt to the next.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -34,9 +35,9 @@ pub(super) struct Turn {
     pub(super) elapsed: Duration,
 }
 
-/// The policy of one attempt.
+/// What a job's attempts have learnt of how hard to compress.
 #[derive(Debug)]
-pub(super) struct Coding {
+pub struct Coding {
     state: Mutex<State>,
 }
 
@@ -51,12 +52,14 @@ struct State {
     pace: f64,
 }
 
-impl Coding {
-    pub(super) fn new() -> Self {
+impl Default for Coding {
+    fn default() -> Self {
         let state = State { policy: LevelPolicy::new(), busy: 1.0, starving: 0.0, pace: 0.0 };
         Self { state: Mutex::new(state) }
     }
+}
 
+impl Coding {
     /// The level for the next disk bundle of so many bytes, with a link of this rate before which so many
     /// bytes wait, coded.
     pub(super) fn level(&self, link_bytes_per_s: f64, ahead_bytes: u64, batch_bytes: u64) -> Level {

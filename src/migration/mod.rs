@@ -45,6 +45,7 @@ pub mod staging;
 mod target;
 
 pub use attempts::Attempts;
+pub use coding::Coding;
 pub use error::{MigrationError, chain};
 pub use push::push;
 pub use question::{Answers, ask};

@@ -48,12 +48,14 @@ pub async fn push(
     site: &Site,
     job: &ImageJob,
     session: Session,
+    coding: &Coding,
     progress: &watch::Sender<Progress>,
 ) -> Result<Completed, MigrationError> {
     let view = site.host.image(&job.image).await?;
     let name = job.image.display().to_string();
     let attempt = Attempt {
         job,
+        coding,
         link: Link::new(&job.peer, session)?,
         meter: Meter::new(&name, &job.peer, Phase::Seed),
         name,
@@ -80,6 +82,7 @@ pub async fn push(
 
 struct Attempt<'a> {
     job: &'a ImageJob,
+    coding: &'a Coding,
     link: Link,
     meter: Meter,
     name: String,
@@ -126,10 +129,9 @@ impl Attempt<'_> {
             other => return Err(self.unexpected(&other)),
         }
         self.meter.round();
-        let (coding, record) =
-            (Coding::new(), ImageRecord::at_rest(vec![Some(self.job.image.clone())]));
+        let record = ImageRecord::at_rest(vec![Some(self.job.image.clone())]);
         record.begin(&[view.info().bytes], true);
-        let sender = DiskSender::new(&self.link, &self.meter, &coding, &record);
+        let sender = DiskSender::new(&self.link, &self.meter, self.coding, &record);
         sender.send(0, view, How::Offer, Class::Seed).await?;
         let round = self.link.next_round();
         self.link.tell(&ToTarget::RoundEnd { round, items: self.link.disk_items() }).await?;

@@ -47,6 +47,7 @@ pub async fn run(
     site: &Site,
     job: &Job,
     session: Session,
+    coding: &Coding,
     dial: &dyn Dial,
     progress: &watch::Sender<Progress>,
     cancelled: impl Future<Output = ()> + Send,
@@ -63,7 +64,7 @@ pub async fn run(
         id: JobId::random(),
         link: Link::new(&job.peer, session)?,
         meter: Meter::new(&job.vm, &job.peer, Phase::Seed),
-        coding: Coding::new(),
+        coding,
         record: ImageRecord::new(vm.images()),
         blocks: known_blocks(job, vm.spec().memory_mib << 20),
         vm,
@@ -104,7 +105,7 @@ struct Attempt<'a> {
     vm: Arc<dyn SourceVm>,
     link: Link,
     meter: Meter,
-    coding: Coding,
+    coding: &'a Coding,
     record: ImageRecord,
     /// What the target's disks hold, for its memory.
     blocks: Arc<KnownBlocks>,
@@ -263,7 +264,7 @@ impl Attempt<'_> {
         how: How,
         class: Class,
     ) -> Result<(), MigrationError> {
-        let sender = DiskSender::new(&self.link, &self.meter, &self.coding, &self.record)
+        let sender = DiskSender::new(&self.link, &self.meter, self.coding, &self.record)
             .noting(&self.blocks);
         for (disk, view) in views.iter().enumerate() {
             sender.send(disk as u16, &**view, how, class).await?;
@@ -290,7 +291,7 @@ impl Attempt<'_> {
         self.vm.set_memory_rate(MEMORY_RATE_BYTES_PER_S).await?;
         let (state, state_seen) = watch::channel(SendState::default());
         let pump = Pump::new(source, self.job.options.staging_bytes).run(&stage);
-        let sender = MemorySender::new(&self.link, &self.meter, &self.coding, self.blocks.clone())
+        let sender = MemorySender::new(&self.link, &self.meter, self.coding, self.blocks.clone())
             .run(&stage, &state);
         let steer = async {
             self.precopy(&stage, &state_seen).await?;

@@ -265,7 +265,7 @@ impl Ends {
         });
         let link = Link::new("peer", self.source.clone()).unwrap();
         let meter = Meter::new("vm", "peer", Phase::Seed);
-        let coding = Coding::new();
+        let coding = Coding::default();
         let sender = DiskSender::new(&link, &meter, &coding, &record);
         let sender = if forgetful { sender.forgetful() } else { sender };
         sender.send(0, guest, how, Class::Seed).await.unwrap();
