@@ -1,4 +1,4 @@
-//! How hard an attempt compresses: by the slower of link and core, as it turns out.
+//! How hard a job compresses: by the slower of link and core, as it turns out.
 //!
 //! Invariant: one policy serves a job, so what disk bundles teach is known to memory batches, and what one
 //! attempt learnt to the next.
