@@ -1,8 +1,8 @@
-//! Parcels of a disk in a hash each: what is the same at the same place of both ends costs 32 bytes
-//! for 16 MiB.
+//! Parcels of a disk in a hash each, or in one for many: what is the same at the same place of both ends
+//! costs 32 bytes for 16 MiB, or for gigabytes.
 //!
 //! Invariant: two parcels have one summary if, and only if, they have the same pieces at the same
-//! places and zeros everywhere else. A decoded [`Summaries`] names no more parcels than
+//! places and zeros everywhere else; so have as many parcels as one. A decoded [`Summaries`] names no more parcels than
 //! [`MAX_SUMMARIES`].
 //!
 //! ```text
@@ -46,6 +46,22 @@ impl Summary {
             hasher.update(&piece.offset.to_le_bytes());
             hasher.update(&piece.len.to_le_bytes());
             hasher.update(piece.id.as_bytes());
+        }
+        if empty { Self::Zeros } else { Self::Pieces(*hasher.finalize().as_bytes()) }
+    }
+
+    /// Of parcels side by side, as one.
+    pub fn of_many(parcels: &[Self]) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        let mut empty = true;
+        for parcel in parcels {
+            match parcel {
+                Self::Zeros => hasher.update(&[0]),
+                Self::Pieces(hash) => {
+                    empty = false;
+                    hasher.update(&[1]).update(hash)
+                }
+            };
         }
         if empty { Self::Zeros } else { Self::Pieces(*hasher.finalize().as_bytes()) }
     }
@@ -149,6 +165,23 @@ mod tests {
         }
         assert_eq!(of(&[]), Summary::Zeros);
         assert_ne!(of(&some), Summary::of(&(0..PARCEL_BYTES / 2), some));
+    }
+
+    #[test]
+    fn many_have_one_summary_if_each_has_the_same() {
+        let (one, other) = (Summary::Pieces([1; 32]), Summary::Pieces([2; 32]));
+        let all = [Summary::Zeros, one, other];
+        assert_eq!(Summary::of_many(&[Summary::Zeros; 9]), Summary::Zeros);
+        assert_eq!(Summary::of_many(&all), Summary::of_many(&all));
+        for changed in [
+            &[one, Summary::Zeros, other][..],
+            &[Summary::Zeros, other, one],
+            &[Summary::Zeros, one, one],
+            &[Summary::Zeros, one],
+            &[Summary::Zeros, one, other, Summary::Zeros],
+        ] {
+            assert_ne!(Summary::of_many(&all), Summary::of_many(changed));
+        }
     }
 
     #[test]

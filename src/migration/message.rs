@@ -9,6 +9,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use bytes::{Buf, Bytes};
+use longhaul_dedup::summary::Summary;
 use serde::{Deserialize, Serialize};
 
 use super::handover::{Standing, Verdict};
@@ -283,6 +284,19 @@ pub enum BulkHeader {
         /// Number of this disk item.
         item: u64,
     },
+    /// Parcels side by side as one: `dedup::summary::Summary::of_many`. No body.
+    Range {
+        /// Number of this disk item.
+        item: u64,
+        /// The disk.
+        disk: u16,
+        /// The first parcel.
+        first: u64,
+        /// That parcel and those behind it.
+        parcels: u32,
+        /// The hash; `None` if all of it is zeros.
+        hash: Option<[u8; 32]>,
+    },
     /// Pieces that the source could send. Body: `dedup::offer::Offer`.
     Offer {
         /// Number of this disk item in the attempt, from 0.
@@ -345,6 +359,15 @@ pub enum MemoryKind {
 pub struct BadBulk;
 
 impl BulkHeader {
+    /// A question about parcels side by side as one.
+    pub fn range(item: u64, disk: u16, first: u64, parcels: &[Summary]) -> Self {
+        let hash = match Summary::of_many(parcels) {
+            Summary::Zeros => None,
+            Summary::Pieces(hash) => Some(hash),
+        };
+        Self::Range { item, disk, first, parcels: parcels.len() as u32, hash }
+    }
+
     /// The bytes in front of the body.
     pub fn encode(&self) -> Vec<u8> {
         let header = postcard::to_stdvec(self).expect("plain data always has a postcard form");

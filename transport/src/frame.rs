@@ -11,7 +11,7 @@ use crate::class::Class;
 
 /// The version of everything above QUIC. Both sides must have the same one: a migration spans two
 /// agents and is cheap to refuse, while a guess about what an old peer meant is not.
-pub const PROTOCOL_VERSION: u16 = 6;
+pub const PROTOCOL_VERSION: u16 = 7;
 /// Largest control frame, kind byte included.
 pub const MAX_CONTROL_FRAME: usize = 1024 * 1024;
 /// Largest batch, the caller's header included.
@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn bytes_are_fixed() {
-        let greeting = b"\x46\0\0\0LHUL\x06\0\x03\x02\0\0\0\0\0\0\x050.1.0sixteen letters.\
+        let greeting = b"\x46\0\0\0LHUL\x07\0\x03\x02\0\0\0\0\0\0\x050.1.0sixteen letters.\
             \x01\x07\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0\x01and sixteen more";
         assert_eq!(hello().encode(), greeting);
         let message = encode_control(&(7u32, "ab")).unwrap();

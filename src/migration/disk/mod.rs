@@ -12,6 +12,7 @@
 //! nothing is called present that was not read back and checked, or is vouched for by a complete
 //! record of an image that nobody touched since.
 
+mod ask;
 mod assemble;
 mod find;
 mod layout;

@@ -1,10 +1,12 @@
 //! Disks that nobody wrote to since they were recorded: compared without being read.
 //!
-//! Invariant: two round trips, however large the disk. What the record does not vouch for, and what
+//! Invariant: three round trips, however large the disk: one for its beginning, one for ranges of it, one for
+//! the parcels of those that differ. What the record does not vouch for, and what
 //! the target has otherwise, is left to be read.
 
 use std::ops::Range;
 
+use bytes::Bytes;
 use longhaul_dedup::offer::Answer;
 use longhaul_dedup::summary::{MAX_SUMMARIES, Summaries, Summary};
 use longhaul_transport::Class;
@@ -29,41 +31,15 @@ impl DiskSender<'_> {
         let recalled = self.record.recall(disk, &parts);
         let batches = batches(&parts, &recalled);
         let mut is_same = vec![false; parts.len()];
+        let mut compare = async |now: &[Range<usize>], as_one| {
+            self.compare((disk, class), (&parts, &recalled), now, as_one, &mut is_same).await
+        };
         // The first alone: a target that has nothing is not told of everything.
         let (first, rest) = batches.split_at(batches.len().min(1));
-        for now in [first, rest] {
-            let first = self.link.disk_items();
-            let asking = async {
-                for batch in now {
-                    let parcels =
-                        recalled[batch.clone()].iter().flatten().map(|r| r.summary).collect();
-                    let summaries = Summaries { disk, first: parts[batch.start].parcel, parcels };
-                    let item = self.link.next_disk_item();
-                    let header = BulkHeader::Summaries { item };
-                    self.link.send_bulk(class, &header, summaries.encode()).await?;
-                }
-                Ok::<_, MigrationError>(())
-            };
-            let hearing = async {
-                let mut is_fresh = false;
-                for _ in now {
-                    let ToSource::Want { item, wanted, plain, .. } = self.link.want().await? else {
-                        return Err(self.bad("it answers what was not asked"));
-                    };
-                    let batch = item.checked_sub(first).and_then(|at| now.get(at as usize));
-                    let batch = batch.ok_or_else(|| self.bad("it answers what was not asked"))?;
-                    let differs =
-                        Answer::decode(&wanted, batch.len()).map_err(|error| self.bad(error))?.0;
-                    for (part, differs) in batch.clone().zip(differs) {
-                        is_same[part] = !differs;
-                    }
-                    is_fresh |= plain;
-                }
-                Ok(is_fresh)
-            };
-            let ((), is_fresh) = tokio::try_join!(asking, hearing)?;
-            if is_fresh {
-                break;
+        if !compare(first, false).await?.is_fresh {
+            let ranges = compare(rest, true).await?;
+            if !ranges.is_fresh {
+                compare(&ranges.differ, false).await?;
             }
         }
         for ((part, recalled), _) in
@@ -77,9 +53,69 @@ impl DiskSender<'_> {
         Ok(parts.into_iter().filter(|_| !is_same.next().unwrap_or_default()).collect())
     }
 
+    /// Asks about batches of parts, each part by itself or each batch as one.
+    async fn compare(
+        &self,
+        (disk, class): (u16, Class),
+        (parts, recalled): (&[Part], &[Option<Recalled>]),
+        batches: &[Range<usize>],
+        as_one: bool,
+        is_same: &mut [bool],
+    ) -> Result<Compared, MigrationError> {
+        let first = self.link.disk_items();
+        let asking = async {
+            for batch in batches {
+                let parcels = recalled[batch.clone()].iter().flatten().map(|r| r.summary).collect();
+                let summaries = Summaries { disk, first: parts[batch.start].parcel, parcels };
+                let item = self.link.next_disk_item();
+                let (header, body) = match as_one {
+                    true => {
+                        let Summaries { first, parcels, .. } = &summaries;
+                        (BulkHeader::range(item, disk, *first, parcels), Bytes::new())
+                    }
+                    false => (BulkHeader::Summaries { item }, summaries.encode()),
+                };
+                self.link.send_bulk(class, &header, body).await?;
+            }
+            Ok::<_, MigrationError>(())
+        };
+        let hearing = async {
+            let mut compared = Compared::default();
+            for _ in batches {
+                let ToSource::Want { item, wanted, plain, .. } = self.link.want().await? else {
+                    return Err(self.bad("it answers what was not asked"));
+                };
+                let batch = item.checked_sub(first).and_then(|at| batches.get(at as usize));
+                let batch = batch.ok_or_else(|| self.bad("it answers what was not asked"))?;
+                let answers = if as_one { 1 } else { batch.len() };
+                let differs = Answer::decode(&wanted, answers).map_err(|error| self.bad(error))?.0;
+                let of_parts = differs.iter().cycle().take(batch.len());
+                for (part, differs) in batch.clone().zip(of_parts) {
+                    is_same[part] = !differs;
+                }
+                if differs.contains(&true) {
+                    compared.differ.push(batch.clone());
+                }
+                compared.is_fresh |= plain;
+            }
+            Ok(compared)
+        };
+        let ((), compared) = tokio::try_join!(asking, hearing)?;
+        Ok(compared)
+    }
+
     fn bad(&self, detail: impl ToString) -> MigrationError {
         MigrationError::protocol(self.link.peer(), detail)
     }
+}
+
+/// What came of asking about batches.
+#[derive(Default)]
+struct Compared {
+    /// Batches of which something differs.
+    differ: Vec<Range<usize>>,
+    /// The target has nothing.
+    is_fresh: bool,
 }
 
 /// Parts side by side that are recalled whole, as many as go in one message.

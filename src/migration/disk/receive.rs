@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use bytes::{Bytes, BytesMut};
-use longhaul_dedup::blocks::{self, BLOCK_BYTES, ShortId};
+use longhaul_dedup::blocks::{self, BLOCK_BYTES, PARCEL_BYTES, ShortId};
 use longhaul_dedup::bundle::{BundleError, BundlePart};
 use longhaul_dedup::chunk::{self, VerifiedChunk};
 use longhaul_dedup::grains;
@@ -20,7 +20,7 @@ use longhaul_dedup::patch::Patch;
 use longhaul_dedup::recipe::{
     GrainSample, ImageIdentity, RecipeEntry, RecipeError, RecipeLog, Sample,
 };
-use longhaul_dedup::summary::{Summaries, Summary, parcel_range};
+use longhaul_dedup::summary::{MAX_SUMMARIES, Summaries, Summary, parcel_range};
 use longhaul_dedup::zeros::{ZERO_GRANULARITY, split_zero_runs};
 
 use super::super::error::MigrationError;
@@ -53,6 +53,8 @@ pub(super) struct Disk {
     trusted: bool,
     /// Where there is data, as it was when it was first asked for.
     layout: Option<Layout>,
+    /// Parcels that were compared as parts of a range which differs, and not written to since.
+    compared: HashMap<u64, Summary>,
     /// Nothing but zeros was there: zeros need not be written in the first round.
     pub(super) fresh: bool,
 }
@@ -130,6 +132,7 @@ impl DiskReceiver {
                 path: incoming.path,
                 begins_as,
                 layout: None,
+                compared: HashMap::new(),
                 fresh: incoming.fresh,
             });
         }
@@ -190,6 +193,11 @@ impl DiskReceiver {
                 let (differ, plain) = self.compare(&summaries).await?;
                 want(item, differ, plain)
             }
+            BulkHeader::Range { item, disk, first, parcels, hash } => {
+                let summary = hash.map_or(Summary::Zeros, Summary::Pieces);
+                let (differs, plain) = self.compare_range(disk, first, parcels, summary).await?;
+                want(item, vec![differs], plain)
+            }
             BulkHeader::Offer { item } => {
                 let offer = Offer::decode(&body).map_err(|error| self.bad(error))?;
                 let (wanted, plain) = self.look_for_pieces(item, &offer).await?;
@@ -232,29 +240,49 @@ impl DiskReceiver {
         &mut self,
         summaries: &Summaries,
     ) -> Result<(Vec<bool>, bool), MigrationError> {
-        self.check_disk(summaries.disk)?;
         let number = summaries.disk;
-        let bytes = self.disks[usize::from(number)].info.bytes;
+        self.check_disk(number)?;
+        self.check_parcels(number, summaries.first, summaries.parcels.len() as u64)?;
         let mut differ = Vec::with_capacity(summaries.parcels.len());
         for (parcel, summary) in (summaries.first..).zip(&summaries.parcels) {
-            let Some(place) = parcel_range(parcel, bytes) else {
-                return Err(self.bad(format!("there is no parcel {parcel} of disk {number}")));
-            };
-            differ.push(self.summary(number, parcel, &place).await? != *summary);
+            differ.push(self.summary(number, parcel).await? != *summary);
         }
         Ok((differ, self.disks[usize::from(number)].fresh))
     }
 
-    /// What a parcel here is. If nothing vouches for it, it is read, and what was found is recorded.
-    async fn summary(
+    /// Whether parcels side by side differ from what is here, and whether all will. If they do, each is
+    /// asked about next, and not read again for that.
+    async fn compare_range(
         &mut self,
         number: u16,
-        parcel: u64,
-        place: &Range<u64>,
-    ) -> Result<Summary, MigrationError> {
+        first: u64,
+        parcels: u32,
+        summary: Summary,
+    ) -> Result<(bool, bool), MigrationError> {
+        self.check_disk(number)?;
+        self.check_parcels(number, first, u64::from(parcels))?;
+        let mut here = Vec::new();
+        for parcel in (first..).take(parcels as usize) {
+            here.push(self.summary(number, parcel).await?);
+        }
         let disk = &mut self.disks[usize::from(number)];
-        if disk.fresh {
-            return Ok(Summary::Zeros);
+        let differs = Summary::of_many(&here) != summary;
+        if differs && !disk.fresh {
+            disk.compared.extend((first..).zip(here));
+        }
+        Ok((differs, disk.fresh))
+    }
+
+    /// What a parcel here is. If nothing vouches for it, it is read, and what was found is recorded.
+    async fn summary(&mut self, number: u16, parcel: u64) -> Result<Summary, MigrationError> {
+        let disk = &mut self.disks[usize::from(number)];
+        let place = match parcel_range(parcel, disk.info.bytes) {
+            Some(place) if !disk.fresh => place,
+            _ => return Ok(Summary::Zeros),
+        };
+        let place = &place;
+        if let Some(summary) = disk.compared.remove(&parcel) {
+            return Ok(summary);
         }
         if disk.trusted
             && let Some(pieces) = disk.log.recipe().known(place)
@@ -590,6 +618,12 @@ impl DiskReceiver {
 
     /// Something is about to be written where something else was being put together.
     fn overwrites(&mut self, number: u16, range: &Range<u64>) {
+        let compared = &mut self.disks[usize::from(number)].compared;
+        if !compared.is_empty() {
+            for parcel in range.start / PARCEL_BYTES..range.end.div_ceil(PARCEL_BYTES) {
+                compared.remove(&parcel);
+            }
+        }
         self.assemblies.overwritten(number, range);
         self.finder.written(number, range);
     }
@@ -665,6 +699,15 @@ impl DiskReceiver {
             Ok(())
         } else {
             Err(self.bad(format!("there is no disk {disk}")))
+        }
+    }
+
+    fn check_parcels(&self, disk: u16, first: u64, count: u64) -> Result<(), MigrationError> {
+        let has = self.disks[usize::from(disk)].info.bytes.div_ceil(PARCEL_BYTES);
+        if first.checked_add(count).is_some_and(|end| end <= has) && count <= MAX_SUMMARIES as u64 {
+            Ok(())
+        } else {
+            Err(self.bad(format!("it asks about {count} parcels from {first} on of disk {disk}")))
         }
     }
 

@@ -5,30 +5,27 @@
 //! still has the hash that was offered. Of at most [`PARCELS_UNDER_WAY`] parcels are hashes held, and of
 //! [`KEPT_BYTES`] the data too; the rest is read again when it is wanted.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
-use longhaul_dedup::blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, Piece, ShortId, hash_blocks};
+use longhaul_dedup::blocks::{BLOCK_BYTES, MAX_PIECE_BYTES, Piece, hash_blocks};
 use longhaul_dedup::bundle::BundlePart;
 use longhaul_dedup::chunk::RawChunk;
 use longhaul_dedup::grains::GrainName;
-use longhaul_dedup::offer::{Answer, Bases, BlockList, Offer};
+use longhaul_dedup::offer::Bases;
 use longhaul_dedup::patch::Patch;
-use longhaul_dedup::summary::{MAX_SUMMARIES, Summaries, Summary};
 use longhaul_transport::Class;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::super::coding::Coding;
 use super::super::error::MigrationError;
 use super::super::link::Link;
 use super::super::memory::KnownBlocks;
-use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
+use super::super::message::MAX_LACKING;
 use super::super::meter::Meter;
-use super::PARCELS_UNDER_WAY;
+use super::ask::{Batch, Questions};
 use super::layout::{Layout, Parcel, Part};
 use super::pack::Packer;
 use super::record::ImageRecord;
@@ -43,16 +40,10 @@ const KEPT_BYTES: usize = 96 << 20;
 /// that is kept just waits.
 const KEPT_BYTES_MIN: usize = 48 << 20;
 const KEPT_S: f64 = 3.0;
-/// Parcels with data in one message of summaries. The first has one, and each twice as many as that
-/// before, lest the first bytes wait for much reading.
-const SUMMARIES_AT_ONCE: usize = 32;
 /// Pieces that are read again at once.
 const READS_AHEAD: usize = 8;
 /// A patch saves at least one of so many bytes: it is compressed less well than what it stands for.
 const PATCH_WORTHWHILE: usize = 16;
-/// Times that a target may ask for pieces which did not come together, each with the most of them: a
-/// disk of 16 TiB that changed throughout.
-const LACKING_ROUNDS_MAX: usize = 1 << 18;
 
 /// Whether the target is asked first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,18 +55,10 @@ pub(in super::super) enum How {
 }
 
 /// A parcel under way.
-struct Sending {
-    parcel: Parcel,
+pub(super) struct Sending {
+    pub(super) parcel: Parcel,
     /// Room for its data in memory.
-    kept: Option<OwnedSemaphorePermit>,
-}
-
-/// A question that waits for its answer.
-enum Question {
-    Summaries(Vec<Sending>),
-    Pieces(Sending),
-    /// The pieces of the parcel whose blocks were named.
-    Blocks(Sending, Vec<usize>),
+    pub(super) kept: Option<OwnedSemaphorePermit>,
 }
 
 /// Sends views of one VM's disks.
@@ -143,13 +126,11 @@ impl<'a> DiskSender<'a> {
             disk,
             view,
             class,
-            open: Mutex::default(),
-            room: Semaphore::new(PARCELS_UNDER_WAY),
-            compares: AtomicBool::new(true),
+            questions: Questions::default(),
             packer: Packer::new(self.link, self.meter, self.coding, disk, class),
         };
         let offering = async {
-            let mut batch = Batch { most: 1, ..Batch::default() };
+            let mut batch = Batch::default();
             while let Some(parcel) = parcels.next().await {
                 let mut parcel = parcel?;
                 self.record.note(disk, &parcel.scan, &parcel.zeros);
@@ -169,13 +150,18 @@ impl<'a> DiskSender<'a> {
                 sending.ask(Sending { parcel, kept }, &mut batch).await?;
             }
             sending.ask_batch(&mut batch).await?;
+            sending.ask_range(&mut batch).await?;
             if how == How::Push {
                 sending.packer.flush().await;
                 return Ok(());
             }
-            // All parcels are dealt with once all room is free.
-            let all = sending.room.acquire_many(PARCELS_UNDER_WAY as u32);
-            sending.unless_lost(all).await?.expect("the semaphore is never closed").forget();
+            sending.all_answered().await?;
+            for part in sending.take_again().await {
+                let parcel = part.read(|offset, len| view.read(offset, len)).await?;
+                sending.take_room().await?;
+                sending.ask_pieces(Sending { parcel, kept: None }).await?;
+            }
+            sending.all_answered().await?;
             sending.packer.flush().await;
             sending.end().await
         };
@@ -205,224 +191,18 @@ struct Asked<'a> {
     base: Option<Vec<GrainName>>,
 }
 
-/// Parcels side by side whose summaries go together.
-#[derive(Default)]
-struct Batch {
-    parcels: Vec<Sending>,
-    with_data: usize,
-    most: usize,
-}
-
 /// One view on its way.
-struct Disk<'a> {
-    sender: &'a DiskSender<'a>,
-    disk: u16,
+pub(super) struct Disk<'a> {
+    pub(super) sender: &'a DiskSender<'a>,
+    pub(super) disk: u16,
     view: &'a dyn DiskView,
-    class: Class,
-    open: Mutex<HashMap<u64, Question>>,
-    /// For parcels with data.
-    room: Semaphore,
-    /// Whether summaries are of any use.
-    compares: AtomicBool,
-    packer: Packer<'a>,
+    pub(super) class: Class,
+    pub(super) questions: Questions,
+    pub(super) packer: Packer<'a>,
 }
 
 impl Disk<'_> {
-    /// Begins to ask about a parcel.
-    async fn ask(&self, sending: Sending, batch: &mut Batch) -> Result<(), MigrationError> {
-        let parcel = &sending.parcel;
-        let has_data = !parcel.scan.pieces.is_empty();
-        if has_data {
-            let permit = match self.room.try_acquire() {
-                Ok(permit) => permit,
-                Err(_) => {
-                    // What waits here must not be what is waited for.
-                    self.ask_batch(batch).await?;
-                    let permit = self.room.acquire();
-                    self.unless_lost(permit).await?.expect("the semaphore is never closed")
-                }
-            };
-            permit.forget();
-        }
-        if !self.compares.load(Ordering::Relaxed) || !parcel.part.is_whole() {
-            self.ask_batch(batch).await?;
-            return self.ask_pieces(sending).await;
-        }
-        if batch.parcels.last().is_some_and(|last| {
-            last.parcel.part.parcel + 1 != parcel.part.parcel
-                || batch.parcels.len() == MAX_SUMMARIES
-        }) {
-            self.ask_batch(batch).await?;
-        }
-        batch.with_data += usize::from(has_data);
-        batch.parcels.push(sending);
-        if batch.with_data >= batch.most {
-            self.ask_batch(batch).await?;
-            batch.most = SUMMARIES_AT_ONCE.min(2 * batch.most);
-        }
-        Ok(())
-    }
-
-    async fn ask_batch(&self, batch: &mut Batch) -> Result<(), MigrationError> {
-        batch.with_data = 0;
-        let parcels = std::mem::take(&mut batch.parcels);
-        let Some(first) = parcels.first() else { return Ok(()) };
-        let summaries: Vec<Summary> =
-            parcels.iter().map(|sending| sending.parcel.summary()).collect();
-        let first = first.parcel.part.parcel;
-        let body = Summaries { disk: self.disk, first, parcels: summaries }.encode();
-        let question = Question::Summaries(parcels);
-        self.question(|item| BulkHeader::Summaries { item }, body, question).await
-    }
-
-    /// Offers the pieces of a parcel that differs, and sends its zeros.
-    async fn ask_pieces(&self, sending: Sending) -> Result<(), MigrationError> {
-        self.put_zeros(&sending.parcel).await;
-        let entries: Vec<_> = sending.parcel.scan.pieces.iter().map(Piece::entry).collect();
-        if entries.is_empty() {
-            return Ok(());
-        }
-        let body = Offer { disk: self.disk, entries }.encode();
-        self.question(|item| BulkHeader::Offer { item }, body, Question::Pieces(sending)).await
-    }
-
-    async fn question(
-        &self,
-        header: impl Fn(u64) -> BulkHeader,
-        body: Bytes,
-        question: Question,
-    ) -> Result<(), MigrationError> {
-        let item = self.sender.link.next_disk_item();
-        self.open.lock().await.insert(item, question);
-        self.sender.link.send_bulk(self.class, &header(item), body).await
-    }
-
-    /// Everything asked for is sent: what did not come together?
-    async fn end(&self) -> Result<(), MigrationError> {
-        let item = self.sender.link.next_disk_item();
-        let header = BulkHeader::End { item, disk: self.disk };
-        self.sender.link.send_bulk(self.class, &header, Bytes::new()).await
-    }
-
-    /// Deals with answers until the disk has come together.
-    async fn hear(&self) -> Result<(), MigrationError> {
-        let link = self.sender.link;
-        for _ in 0..LACKING_ROUNDS_MAX {
-            let lacking = loop {
-                let answer = match link.want_ready().await {
-                    Some(answer) => answer,
-                    None => {
-                        self.packer.hurry();
-                        link.want().await?
-                    }
-                };
-                match answer {
-                    ToSource::Want { item, wanted, plain, bases } => {
-                        self.answered(item, &wanted, plain, &bases).await?;
-                    }
-                    ToSource::Lacking { pieces, .. } => break pieces,
-                    _ => return Err(self.bad("it answers what was not asked")),
-                }
-            };
-            if lacking.is_empty() {
-                return Ok(());
-            }
-            self.send_lacking(&lacking).await?;
-            self.packer.flush().await;
-            self.end().await?;
-        }
-        Err(self.bad("it never has what it was sent"))
-    }
-
-    async fn answered(
-        &self,
-        item: u64,
-        wanted: &[u8],
-        plain: bool,
-        bases: &[u8],
-    ) -> Result<(), MigrationError> {
-        let question = self.open.lock().await.remove(&item);
-        let decode = |count| {
-            let answer = Answer::decode(wanted, count).map_err(|error| self.bad(error))?;
-            Ok::<_, MigrationError>(answer.0)
-        };
-        match question {
-            Some(Question::Summaries(parcels)) => {
-                if plain {
-                    self.compares.store(false, Ordering::Relaxed);
-                }
-                let differs = decode(parcels.len())?;
-                // What is known makes room before anything waits for the link.
-                for (sending, _) in parcels.iter().zip(&differs).filter(|(_, differs)| !**differs) {
-                    self.is_known(&sending.parcel);
-                }
-                for (sending, _) in parcels.into_iter().zip(differs).filter(|(_, differs)| *differs)
-                {
-                    self.ask_pieces(sending).await?;
-                }
-                Ok(())
-            }
-            Some(Question::Pieces(sending)) => {
-                let pieces = &sending.parcel.scan.pieces;
-                let wanted = decode(pieces.len())?;
-                let (missing, known): (Vec<usize>, Vec<usize>) =
-                    (0..pieces.len()).partition(|piece| wanted[*piece]);
-                let bytes = known.iter().map(|piece| u64::from(pieces[*piece].len)).sum();
-                self.sender.meter.disk_known(bytes);
-                if !missing.is_empty() && !plain {
-                    return self.ask_blocks(item, sending, missing).await;
-                }
-                self.send_pieces(&sending, missing).await?;
-                self.is_done(sending);
-                Ok(())
-            }
-            Some(Question::Blocks(sending, pieces)) => {
-                let scan = &sending.parcel.scan;
-                let count = pieces.iter().map(|piece| scan.pieces[*piece].hashes.len()).sum();
-                let bases = Bases::decode(bases, pieces.len()).map_err(|error| self.bad(error))?;
-                self.send_blocks(&sending, &pieces, &decode(count)?, bases).await?;
-                self.is_done(sending);
-                Ok(())
-            }
-            None => Err(self.bad(format!("it answers item {item}, which is no open question"))),
-        }
-    }
-
-    async fn ask_blocks(
-        &self,
-        offer: u64,
-        sending: Sending,
-        pieces: Vec<usize>,
-    ) -> Result<(), MigrationError> {
-        let cutting = tokio::task::spawn_blocking(move || {
-            let samples = sending.parcel.samples_of(&pieces);
-            (samples, sending, pieces)
-        });
-        let (samples, sending, pieces) = cutting.await.expect("cutting does not panic");
-        let scan = &sending.parcel.scan;
-        let hashes = pieces.iter().flat_map(|piece| scan.pieces[*piece].hashes.clone());
-        let blocks = hashes.map(|at| ShortId::of(&scan.hashes[at])).collect();
-        let body = BlockList { offer, blocks, samples }.encode();
-        let question = Question::Blocks(sending, pieces);
-        self.question(|item| BulkHeader::Blocks { item }, body, question).await
-    }
-
-    /// A parcel is at the target as it is here.
-    fn is_known(&self, parcel: &Parcel) {
-        self.sender.meter.disk_known(parcel.data_bytes());
-        self.sender.meter.disk_zero(parcel.zero_bytes());
-        if !parcel.scan.pieces.is_empty() {
-            self.room.add_permits(1);
-        }
-    }
-
-    /// All that was wanted of a parcel is sent.
-    fn is_done(&self, sending: Sending) {
-        drop(sending.kept);
-        self.room.add_permits(1);
-    }
-
-    async fn put_zeros(&self, parcel: &Parcel) {
+    pub(super) async fn put_zeros(&self, parcel: &Parcel) {
         self.sender.meter.disk_zero(parcel.zero_bytes());
         for range in &parcel.zeros {
             let len = range.end - range.start;
@@ -431,7 +211,7 @@ impl Disk<'_> {
     }
 
     /// Sends whole pieces of a parcel.
-    async fn send_pieces(
+    pub(super) async fn send_pieces(
         &self,
         sending: &Sending,
         pieces: Vec<usize>,
@@ -455,7 +235,7 @@ impl Disk<'_> {
 
     /// Sends the wanted blocks of pieces, as patches where the target has something similar, or a whole
     /// piece if it was written meanwhile.
-    async fn send_blocks(
+    pub(super) async fn send_blocks(
         &self,
         sending: &Sending,
         pieces: &[usize],
@@ -526,7 +306,7 @@ impl Disk<'_> {
     }
 
     /// Sends whole what did not come together at the target.
-    async fn send_lacking(&self, pieces: &[(u64, u32)]) -> Result<(), MigrationError> {
+    pub(super) async fn send_lacking(&self, pieces: &[(u64, u32)]) -> Result<(), MigrationError> {
         let bytes = self.view.info().bytes;
         let fits = |(offset, len): &(u64, u32)| {
             (1..=MAX_PIECE_BYTES).contains(len)
@@ -558,14 +338,17 @@ impl Disk<'_> {
     }
 
     /// Waits for something that only comes if the link lives.
-    async fn unless_lost<T>(&self, waiting: impl Future<Output = T>) -> Result<T, MigrationError> {
+    pub(super) async fn unless_lost<T>(
+        &self,
+        waiting: impl Future<Output = T>,
+    ) -> Result<T, MigrationError> {
         tokio::select! {
             came = waiting => Ok(came),
             lost = self.sender.link.lost() => Err(lost),
         }
     }
 
-    fn bad(&self, detail: impl ToString) -> MigrationError {
+    pub(super) fn bad(&self, detail: impl ToString) -> MigrationError {
         MigrationError::protocol(self.sender.link.peer(), detail)
     }
 }

@@ -25,6 +25,7 @@ use tokio::sync::oneshot;
 
 mod damage;
 mod index;
+mod ranges;
 mod recalled;
 mod similar;
 
@@ -42,11 +43,17 @@ use crate::hypervisor::{
 
 const MIB: usize = 1 << 20;
 
-/// A file as an image; which bytes of it were written is kept.
+/// A file as an image; which bytes of it were written, and how many read, is kept.
 struct FileImage {
     file: File,
     bytes: u64,
-    written: Arc<Mutex<Vec<(u64, u64)>>>,
+    touched: Arc<Touched>,
+}
+
+#[derive(Default)]
+struct Touched {
+    written: Mutex<Vec<(u64, u64)>>,
+    read: AtomicUsize,
 }
 
 #[async_trait]
@@ -57,12 +64,13 @@ impl DiskImage for FileImage {
 
     async fn read(&self, offset: u64, len: u32) -> Result<Bytes, HypervisorError> {
         let mut data = vec![0; len as usize];
+        self.touched.read.fetch_add(data.len(), Ordering::Relaxed);
         self.file.read_exact_at(&mut data, offset).unwrap();
         Ok(data.into())
     }
 
     async fn write(&self, offset: u64, data: Bytes) -> Result<(), HypervisorError> {
-        self.written.lock().unwrap().push((offset, data.len() as u64));
+        self.touched.written.lock().unwrap().push((offset, data.len() as u64));
         self.file.write_all_at(&data, offset).unwrap();
         Ok(())
     }
@@ -148,7 +156,11 @@ struct Round {
     sent: u64,
     known: u64,
     wire: u64,
+    /// Items, among them questions.
+    items: u64,
+    /// Bytes of the target's image that were written, and read.
     written: u64,
+    read: usize,
 }
 
 async fn ends() -> Ends {
@@ -190,18 +202,14 @@ impl Ends {
     }
 
     /// The target's half, on its image as it is now.
-    async fn receiver(
-        &self,
-        bytes: u64,
-        known: impl Into<Known>,
-    ) -> (DiskReceiver, Arc<Mutex<Vec<(u64, u64)>>>) {
+    async fn receiver(&self, bytes: u64, known: impl Into<Known>) -> (DiskReceiver, Arc<Touched>) {
         let fresh = !self.image().exists();
         let mut options = File::options();
         let file = options.read(true).write(true).create(true).truncate(false);
         let file = file.open(self.image()).unwrap();
         file.set_len(bytes).unwrap();
-        let written = Arc::<Mutex<Vec<_>>>::default();
-        let image = Box::new(FileImage { file, bytes, written: Arc::clone(&written) });
+        let touched = Arc::<Touched>::default();
+        let image = Box::new(FileImage { file, bytes, touched: Arc::clone(&touched) });
         let incoming = IncomingDisk {
             image,
             path: self.image(),
@@ -212,7 +220,7 @@ impl Ends {
         let info = DiskInfo { id: "disk".into(), bytes };
         (
             DiskReceiver::open("peer", vec![info], vec![incoming], known.into()).await.unwrap(),
-            written,
+            touched,
         )
     }
 
@@ -235,7 +243,7 @@ impl Ends {
         forgetful: bool,
         record: ImageRecord,
     ) -> (Self, Round) {
-        let (mut receiver, written) = self.receiver(guest.info.bytes, known).await;
+        let (mut receiver, touched) = self.receiver(guest.info.bytes, known).await;
         let (said, _hears) = self.target.control().unwrap();
         let (all, mut counted) = oneshot::channel();
         let target = self.target.clone();
@@ -275,8 +283,10 @@ impl Ends {
         let zeros = report.saved.disk_zero_bytes;
         let known = report.saved.disk_known_bytes;
         let sent = report.payload_bytes - zeros - known;
-        let written = written.lock().unwrap().iter().map(|(_, len)| len).sum();
-        let round = Round { sent, known, wire: report.wire_bytes, written };
+        let written = touched.written.lock().unwrap().iter().map(|(_, len)| len).sum();
+        let read = touched.read.load(Ordering::Relaxed);
+        let (wire, items) = (report.wire_bytes, link.disk_items());
+        let round = Round { sent, known, wire, items, written, read };
         (self, round)
     }
 }
@@ -515,6 +525,9 @@ async fn questions_and_blocks_out_of_bounds_are_refused() {
         (BulkHeader::Chunks { item: 0 }, patch),
         (BulkHeader::Blocks { item: 0 }, list),
         (BulkHeader::Summaries { item: 0 }, summaries.encode()),
+        (BulkHeader::range(0, 0, 1, &summaries.parcels), Bytes::new()),
+        (BulkHeader::range(0, 0, u64::MAX, &summaries.parcels), Bytes::new()),
+        (BulkHeader::range(0, 1, 0, &summaries.parcels), Bytes::new()),
         (BulkHeader::End { item: 0, disk: 1 }, Bytes::new()),
     ] {
         assert!(
