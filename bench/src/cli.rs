@@ -84,6 +84,10 @@ enum ChunksCommand {
     Run(chunks::Plan),
     /// Measures other tools on a pair of images.
     Rivals(chunks::RivalPlan),
+    /// Measures how fast one core cuts, hashes and looks up, beside FastCDC alone and BLAKE3 alone.
+    Speed(chunks::speed::SpeedPlan),
+    /// Measures look-ups in indexes of several sizes.
+    Sizes(chunks::sizes::SizesPlan),
     /// Prints rows as a table: MiB, and seconds of one core for each GiB.
     Compare(Comparison),
 }
@@ -261,6 +265,8 @@ fn chunks_command(command: ChunksCommand) -> Result<()> {
     match command {
         ChunksCommand::Run(plan) => chunks::run(&plan),
         ChunksCommand::Rivals(plan) => chunks::run_rivals(&plan),
+        ChunksCommand::Speed(plan) => chunks::speed::run(&plan),
+        ChunksCommand::Sizes(plan) => chunks::sizes::run(&plan),
         ChunksCommand::Compare(comparison) => {
             comparison.print(<[chunks::Row]>::to_vec, |rows| chunks::report::table(rows))
         }

@@ -4,7 +4,8 @@
 //!
 //! Reading order: [`image`] (what is compared), `cut` (into which pieces), [`scheme`] (how they are
 //! looked for), [`micro`] (what could still be found inside missing blocks), [`coding`] (what
-//! compression makes of the rest), [`rivals`]; then [`report`] for people.
+//! compression makes of the rest), [`rivals`]; then [`report`] for people. How fast it is: [`speed`] of one
+//! core, [`sizes`] of the index.
 
 pub mod coding;
 mod cut;
@@ -13,6 +14,8 @@ pub mod micro;
 pub mod report;
 pub mod rivals;
 pub mod scheme;
+pub mod sizes;
+pub mod speed;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
