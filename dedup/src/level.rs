@@ -63,6 +63,8 @@ const RUNG_WEIGHT: f64 = 1.0 / 32.0;
 const RUNG_BOUNDS: (f64, f64) = (0.5, 2.0);
 /// What is coded must keep the link busy for so many times as long as a denser batch takes.
 const AHEAD_MARGIN: f64 = 1.25;
+/// A link of which so many times as much is known as before is not known yet: a session begins with little.
+const GROWS_FROM: f64 = 1.25;
 /// How fast the compressibility that was measured is forgotten while nothing is compressed, per
 /// batch: other data may come, and only compressing it shows how it compresses.
 const FORGET_WEIGHT: f64 = 1.0 / 1024.0;
@@ -98,6 +100,8 @@ pub struct Conditions {
 pub struct LevelPolicy {
     /// Index into `LADDER`.
     rung: usize,
+    /// The link's rate at the last decision.
+    link_bytes_per_s: f64,
     /// Measured coder speed by the ladder's.
     speed_scale: f64,
     /// Measured gain (ratio - 1) by the ladder's.
@@ -113,7 +117,13 @@ impl LevelPolicy {
             .iter()
             .position(|rung| rung.level == Level::default())
             .expect("the ladder has the default level");
-        Self { rung, speed_scale: 1.0, gain_scale: 1.0, own: [(1.0, 1.0); LADDER.len()] }
+        Self {
+            rung,
+            link_bytes_per_s: 0.0,
+            speed_scale: 1.0,
+            gain_scale: 1.0,
+            own: [(1.0, 1.0); LADDER.len()],
+        }
     }
 
     /// The level in use.
@@ -148,10 +158,13 @@ impl LevelPolicy {
     /// The level for the next batches: the one in use, one step slower, or at once a faster one; and for
     /// this batch alone one step slower, if the link has enough to do until then.
     ///
-    /// Where the queue contradicts the estimate, the queue is right and the level stays.
+    /// Where the queue contradicts the estimate, the queue is right and the level stays. A link that was
+    /// slower just now asks for no denser level: it may be faster still.
     pub fn choose(&mut self, conditions: &Conditions) -> Level {
         let best = self.best_rung(conditions);
-        if best > self.rung && conditions.queue_fill >= STARVING_BELOW {
+        let link = conditions.link_bytes_per_s;
+        let grows = link > GROWS_FROM * std::mem::replace(&mut self.link_bytes_per_s, link);
+        if best > self.rung && conditions.queue_fill >= STARVING_BELOW && !grows {
             self.rung += 1;
         } else if best < self.rung
             && conditions.queue_fill <= BACKED_UP_ABOVE
@@ -160,7 +173,7 @@ impl LevelPolicy {
             self.rung = best;
         }
         match self.rung + 1 {
-            next if self.has_time(next, conditions) => LADDER[next].level,
+            next if !grows && self.has_time(next, conditions) => LADDER[next].level,
             _ => self.level(),
         }
     }
@@ -320,6 +333,17 @@ mod tests {
         assert_eq!(policy.choose(&link(10.0, 1)), Level::Zstd(9));
     }
 
+    /// What a session knows of its link in its first round trips.
+    #[test]
+    fn a_link_that_is_not_known_yet_asks_for_no_denser_level() {
+        let mut policy = LevelPolicy::new();
+        for mbit_per_s in [0.2, 5.0, 40.0, 90.0, 200.0] {
+            let conditions = Conditions { ahead_bytes: 2_000_000, ..link(mbit_per_s, 2) };
+            assert_eq!(policy.choose(&conditions), Level::Zstd(3));
+        }
+        assert!(policy.choose(&link(200.0, 2)) > Level::Zstd(3));
+    }
+
     #[test]
     fn a_batch_is_denser_when_the_link_has_enough_to_do_meanwhile() {
         let mut policy = LevelPolicy::new();
@@ -335,6 +359,7 @@ mod tests {
         assert_eq!(policy.choose(&with(0)), Level::Lzma(Effort::Quick));
         // What would need a faster level in the long run does not while the link has enough to do.
         let fast = |ahead_bytes| Conditions { ahead_bytes, ..link(500.0, 2) };
+        assert_eq!(policy.choose(&fast(20_000_000)), Level::Lzma(Effort::Quick));
         assert_eq!(policy.choose(&fast(20_000_000)), Level::Lzma(Effort::Careful));
         assert!(policy.choose(&fast(0)) < Level::Lzma(Effort::Quick));
     }

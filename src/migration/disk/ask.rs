@@ -1,8 +1,8 @@
 //! What the target is asked of a disk that is sent, from ranges of parcels to blocks, and what follows from its
 //! answers.
 //!
-//! Invariant: each question is answered once, and holds what its answer is about until then: room for one of
-//! [`PARCELS_UNDER_WAY`] parcels, or of as many ranges. Whoever hears answers never waits for room.
+//! Invariant: each question is answered once, and what its answer is about has taken its part of
+//! [`ROOM_MIB`] until then. Whoever hears answers never waits for room.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,13 +15,15 @@ use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 
 use super::super::error::MigrationError;
 use super::super::message::{BulkHeader, ToSource};
-use super::PARCELS_UNDER_WAY;
+use super::ROOM_MIB;
 use super::layout::{Parcel, Part};
 use super::send::{Disk, Sending};
 
 /// Parcels with data in one message of summaries. The first has one, and each twice as many as that
 /// before, lest the first bytes wait for much reading.
 const SUMMARIES_AT_ONCE: usize = 32;
+/// Room that a range takes: eight of them under way keep a target reading.
+const RANGE_ROOM: u32 = 16;
 /// Parcels with data in one range: as much as a target reads in about a second.
 const RANGE_PARCELS: usize = 64;
 /// Times that a target may ask for pieces which did not come together, each with the most of them: a
@@ -71,7 +73,7 @@ impl Default for Questions {
     fn default() -> Self {
         Self {
             open: Mutex::default(),
-            room: Semaphore::new(PARCELS_UNDER_WAY),
+            room: Semaphore::new(ROOM_MIB),
             compares: AtomicBool::new(true),
             alike: AtomicBool::new(false),
             again: Mutex::default(),
@@ -111,10 +113,11 @@ impl Disk<'_> {
         self.ask_range(batch).await?;
         let parcel = &sending.parcel;
         let has_data = !parcel.scan.pieces.is_empty();
-        if has_data && self.questions.room.try_acquire().map(SemaphorePermit::forget).is_err() {
+        let room = room_of(parcel);
+        if self.questions.room.try_acquire_many(room).map(SemaphorePermit::forget).is_err() {
             // What waits here must not be what is waited for.
             self.ask_batch(batch).await?;
-            self.take_room().await?;
+            self.take_room(room).await?;
         }
         if !compares {
             self.ask_batch(batch).await?;
@@ -157,22 +160,29 @@ impl Disk<'_> {
         batch.range_with_data = 0;
         let range = std::mem::take(&mut batch.range);
         let Some(first) = range.first().map(|glimpse| glimpse.part.parcel) else { return Ok(()) };
-        self.take_room().await?;
+        self.take_room(RANGE_ROOM).await?;
         let all: Vec<Summary> = range.iter().map(|glimpse| glimpse.summary).collect();
         let header = |item| BulkHeader::range(item, self.disk, first, &all);
         self.question(header, Bytes::new(), Question::Range(range)).await
     }
 
-    /// Waits for room for a parcel or a range, and takes it.
-    pub(super) async fn take_room(&self) -> Result<(), MigrationError> {
-        let permit = self.unless_lost(self.questions.room.acquire()).await?;
+    /// Reads a part that differs again, and offers its pieces.
+    pub(super) async fn ask_again(&self, part: Part) -> Result<(), MigrationError> {
+        let parcel = part.read(|offset, len| self.view.read(offset, len)).await?;
+        self.take_room(room_of(&parcel)).await?;
+        self.ask_pieces(Sending { parcel, kept: None }).await
+    }
+
+    /// Waits for room, and takes it.
+    async fn take_room(&self, room: u32) -> Result<(), MigrationError> {
+        let permit = self.unless_lost(self.questions.room.acquire_many(room)).await?;
         permit.expect("the semaphore is never closed").forget();
         Ok(())
     }
 
     /// Returns once no parcel is under way: all room is free then.
     pub(super) async fn all_answered(&self) -> Result<(), MigrationError> {
-        let all = self.questions.room.acquire_many(PARCELS_UNDER_WAY as u32);
+        let all = self.questions.room.acquire_many(ROOM_MIB as u32);
         drop(self.unless_lost(all).await?.expect("the semaphore is never closed"));
         Ok(())
     }
@@ -203,7 +213,7 @@ impl Disk<'_> {
     }
 
     /// Offers the pieces of a parcel that differs, and sends its zeros.
-    pub(super) async fn ask_pieces(&self, sending: Sending) -> Result<(), MigrationError> {
+    async fn ask_pieces(&self, sending: Sending) -> Result<(), MigrationError> {
         self.put_zeros(&sending.parcel).await;
         let entries: Vec<_> = sending.parcel.scan.pieces.iter().map(Piece::entry).collect();
         if entries.is_empty() {
@@ -289,7 +299,7 @@ impl Disk<'_> {
                     self.sender.meter.disk_known(glimpse.data_bytes);
                     self.sender.meter.disk_zero(glimpse.zero_bytes);
                 }
-                self.questions.room.add_permits(1);
+                self.questions.room.add_permits(RANGE_ROOM as usize);
                 Ok(())
             }
             Some(Question::Glimpses(glimpses)) => {
@@ -303,7 +313,7 @@ impl Disk<'_> {
                         self.sender.meter.disk_zero(glimpse.zero_bytes);
                     }
                 }
-                self.questions.room.add_permits(1);
+                self.questions.room.add_permits(RANGE_ROOM as usize);
                 Ok(())
             }
             Some(Question::Summaries(parcels)) => {
@@ -368,14 +378,18 @@ impl Disk<'_> {
     fn is_known(&self, parcel: &Parcel) {
         self.sender.meter.disk_known(parcel.data_bytes());
         self.sender.meter.disk_zero(parcel.zero_bytes());
-        if !parcel.scan.pieces.is_empty() {
-            self.questions.room.add_permits(1);
-        }
+        self.questions.room.add_permits(room_of(parcel) as usize);
     }
 
     /// All that was wanted of a parcel is sent.
     fn is_done(&self, sending: Sending) {
         drop(sending.kept);
-        self.questions.room.add_permits(1);
+        self.questions.room.add_permits(room_of(&sending.parcel) as usize);
     }
+}
+
+/// The part of [`ROOM_MIB`] that a parcel takes: none if it has no data, of which nothing is held.
+fn room_of(parcel: &Parcel) -> u32 {
+    let bytes = parcel.data_bytes();
+    if bytes == 0 { 0 } else { ((bytes >> 20) as u32).max(1) }
 }

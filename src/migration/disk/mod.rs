@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! source (send)              target (receive, find, assemble)
+//! ranges of parcels     ->   which differ
 //! summaries of parcels  ->   which differ
 //! pieces of those       ->   which are not here
 //! blocks of those       ->   which are not here
@@ -25,10 +26,10 @@ mod send;
 mod tests;
 mod unpack;
 
-/// Parcels that the target has been asked about and that are not dealt with, at most: 128 MiB of disk. With
+/// Data of parcels that the target has been asked about and that are not dealt with, at most, in MiB. With
 /// three round trips of 200 ms for each this still is 200 MiB a second; with more, what the target
-/// has found of them would not fit into its memory, and would be sent.
-const PARCELS_UNDER_WAY: usize = 8;
+/// has found of them would not fit into its memory, and would be sent. A parcel with less counts as one.
+const ROOM_MIB: usize = 128;
 
 pub(super) use receive::DiskReceiver;
 pub(super) use record::ImageRecord;

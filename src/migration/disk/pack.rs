@@ -223,7 +223,9 @@ impl<'a> Packer<'a> {
         let Taken { item, parts, payload, starved } = taken;
         let bundle = ChunkBundle { disk: self.disk, parts };
         let ahead = self.gathered.borrow().coded;
-        let level = self.coding.level(self.link.bytes_per_s(), ahead, payload);
+        let link = self.link.bytes_per_s();
+        let level = self.coding.level(link, ahead, payload);
+        tracing::debug!(item, ahead, link, ?level, "a bundle is taken");
         let mut compressor = self.compressors().pop().unwrap_or_default();
         let (compressor, body, busy) = coders::run(move || {
             let began = Instant::now();

@@ -26,7 +26,7 @@ use longhaul_dedup::zeros::{ZERO_GRANULARITY, split_zero_runs};
 use super::super::error::MigrationError;
 use super::super::known::Known;
 use super::super::message::{BulkHeader, MAX_LACKING, ToSource};
-use super::PARCELS_UNDER_WAY;
+use super::ROOM_MIB;
 use super::assemble::{Assemblies, Made, MadePiece, Slot};
 use super::find::{Finder, Shift};
 use super::layout::Layout;
@@ -55,6 +55,8 @@ pub(super) struct Disk {
     layout: Option<Layout>,
     /// Parcels that were compared as parts of a range which differs, and not written to since.
     compared: HashMap<u64, Summary>,
+    /// What is recorded of it is among what is looked for, or need not be.
+    is_indexed: bool,
     /// Nothing but zeros was there: zeros need not be written in the first round.
     pub(super) fresh: bool,
 }
@@ -120,9 +122,8 @@ impl DiskReceiver {
                 None => None,
             };
             // What lies in the image that it begins as is found there: here it will be overwritten.
-            if !begins_as.as_ref().is_some_and(|(old, _)| finder.begins_as(number as u16, old)) {
-                finder.add(number as u16, log.recipe());
-            }
+            let begins = |(old, _): &(PathBuf, _)| finder.begins_as(number as u16, old);
+            let is_indexed = begins_as.as_ref().is_some_and(begins);
             let holds = begins_as.as_ref().map_or(&incoming.path, |(old, _)| old);
             disks.push(Disk {
                 trusted: is_untouched(&log, holds),
@@ -133,6 +134,7 @@ impl DiskReceiver {
                 begins_as,
                 layout: None,
                 compared: HashMap::new(),
+                is_indexed,
                 fresh: incoming.fresh,
             });
         }
@@ -183,6 +185,7 @@ impl DiskReceiver {
         let (header, body) = match item.content {
             Content::Body(body) => (item.header, body),
             Content::Bundle(bundle) => {
+                self.index();
                 self.write_bundle(bundle).await?;
                 return Ok(self.applied(None));
             }
@@ -199,11 +202,13 @@ impl DiskReceiver {
                 want(item, vec![differs], plain)
             }
             BulkHeader::Offer { item } => {
+                self.index();
                 let offer = Offer::decode(&body).map_err(|error| self.bad(error))?;
                 let (wanted, plain) = self.look_for_pieces(item, &offer).await?;
                 want(item, wanted, plain)
             }
             BulkHeader::Blocks { item } => {
+                self.index();
                 let list = BlockList::decode(&body).map_err(|error| self.bad(error))?;
                 let (wanted, bases) = self.look_for_blocks(list).await?;
                 let (wanted, bases) = (Answer(wanted).encode(), bases.encode());
@@ -219,6 +224,16 @@ impl DiskReceiver {
             }
         };
         Ok(self.applied(answer))
+    }
+
+    /// Makes what is recorded of the disks be found: not before something is looked for, since that takes a
+    /// while, and disks that are alike need none of it.
+    fn index(&mut self) {
+        for (number, disk) in (0..).zip(&mut self.disks) {
+            if !std::mem::replace(&mut disk.is_indexed, true) {
+                self.finder.add(number, disk.log.recipe());
+            }
+        }
     }
 
     /// Counts an item, and says what is to be answered.
@@ -304,8 +319,10 @@ impl DiskReceiver {
             let cutting = tokio::task::spawn_blocking(move || (found.grains(), found));
             let (grains, found) = cutting.await.expect("cutting does not panic");
             disk.log.append_grains(&grains).map_err(recipe_error)?;
-            self.finder.add_scan(number, &found.scan);
-            self.finder.add_grains(number, grains.into_iter());
+            if disk.is_indexed {
+                self.finder.add_scan(number, &found.scan);
+                self.finder.add_grains(number, grains.into_iter());
+            }
             return Ok(found.summary());
         }
         Ok(found.summary())
@@ -351,7 +368,7 @@ impl DiskReceiver {
         }
         let offered = Offered { disk: offer.disk, pieces: missing };
         self.offered.insert(item, offered);
-        if self.offered.len() > PARCELS_UNDER_WAY {
+        if self.offered.len() > ROOM_MIB {
             return Err(self.bad("it offers more at once than it may"));
         }
         Ok((wanted, false))

@@ -2,7 +2,7 @@
 //! whole to the block, and sends that; or sends everything at once.
 //!
 //! Invariant: what is sent as a piece is what its id says, and blocks are only sent for a piece that
-//! still has the hash that was offered. Of at most [`PARCELS_UNDER_WAY`] parcels are hashes held, and of
+//! still has the hash that was offered. Of parcels of at most [`ROOM_MIB`](super::ROOM_MIB) are hashes held, and of
 //! [`KEPT_BYTES`] the data too; the rest is read again when it is wanted.
 
 use std::ops::Range;
@@ -157,9 +157,7 @@ impl<'a> DiskSender<'a> {
             }
             sending.all_answered().await?;
             for part in sending.take_again().await {
-                let parcel = part.read(|offset, len| view.read(offset, len)).await?;
-                sending.take_room().await?;
-                sending.ask_pieces(Sending { parcel, kept: None }).await?;
+                sending.ask_again(part).await?;
             }
             sending.all_answered().await?;
             sending.packer.flush().await;
@@ -195,7 +193,7 @@ struct Asked<'a> {
 pub(super) struct Disk<'a> {
     pub(super) sender: &'a DiskSender<'a>,
     pub(super) disk: u16,
-    view: &'a dyn DiskView,
+    pub(super) view: &'a dyn DiskView,
     pub(super) class: Class,
     pub(super) questions: Questions,
     pub(super) packer: Packer<'a>,
