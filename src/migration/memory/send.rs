@@ -37,6 +37,11 @@ const WINDOW_BYTES_MAX: u64 = 64 << 20;
 /// Pages that went as names, at most, and are kept: a path of 100 ms takes 640 MiB of them a second.
 const NAMED_PAGES_MAX: usize = 16384;
 
+/// About what a page takes that goes as a name.
+const NAME_BYTES: u64 = 12;
+/// Pages over which their ratio is measured.
+const RATIO_OVER_BYTES: u64 = 8 << 20;
+
 /// Sends memory items.
 pub(in super::super) struct MemorySender<'a> {
     link: &'a Link,
@@ -47,8 +52,28 @@ pub(in super::super) struct MemorySender<'a> {
     blocks: Arc<KnownBlocks>,
     /// How much of the window is in use, 0 to 1.
     fill: f32,
-    content_sent: u64,
-    wire_sent: u64,
+    ratio: Ratio,
+}
+
+/// Coded bytes for a byte of page, lately, of pages that are not zeros and did not go as names: in the end
+/// none do.
+#[derive(Debug, Clone, Copy)]
+struct Ratio(Option<f64>);
+
+impl Ratio {
+    /// Takes in a batch: bytes of its pages, and what they came to.
+    fn observe(&mut self, page_bytes: u64, coded_bytes: u64) {
+        if page_bytes > 0 {
+            let now = coded_bytes as f64 / page_bytes as f64;
+            let weight = page_bytes as f64 / (page_bytes + RATIO_OVER_BYTES) as f64;
+            let before = self.0.unwrap_or(now);
+            self.0 = Some(before + weight * (now - before));
+        }
+    }
+
+    fn get(self) -> f64 {
+        self.0.unwrap_or(1.0)
+    }
 }
 
 /// An item that the target has not applied yet, as far as is known.
@@ -64,7 +89,7 @@ struct UnderWay {
 pub(in super::super) struct SendState {
     /// Coded bytes sent and not yet applied.
     pub(in super::super) unapplied_bytes: u64,
-    /// Coded bytes for a byte of page that was not zero, so far.
+    /// Coded bytes for a byte of page that is not zero and goes in full, lately.
     pub(in super::super) wire_per_page_byte: f64,
 }
 
@@ -83,8 +108,7 @@ impl<'a> MemorySender<'a> {
             under_way: VecDeque::new(),
             blocks,
             fill: 0.0,
-            content_sent: 0,
-            wire_sent: 0,
+            ratio: Ratio(None),
         }
     }
 
@@ -126,11 +150,7 @@ impl<'a> MemorySender<'a> {
             let unapplied: u64 = self.under_way.iter().map(|item| item.bytes).sum();
             state.send_replace(SendState {
                 unapplied_bytes: unapplied,
-                wire_per_page_byte: if self.content_sent == 0 {
-                    1.0
-                } else {
-                    self.wire_sent as f64 / self.content_sent as f64
-                },
+                wire_per_page_byte: self.ratio.get(),
             });
             let window =
                 (self.link.stats().holds() * 3 / 2).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
@@ -217,8 +237,9 @@ impl<'a> MemorySender<'a> {
         self.coding.observe_pages(level, content, bytes, busy);
         let compressed = content.saturating_sub(bytes);
         self.meter.memory(payload, &Saved { memory_compressed_bytes: compressed, ..saved });
-        self.content_sent += nonzero * crate::hypervisor::PAGE_BYTES as u64;
-        self.wire_sent += bytes;
+        let names = named.len() as u64;
+        let in_full = nonzero.saturating_sub(names) * crate::hypervisor::PAGE_BYTES as u64;
+        self.ratio.observe(in_full, bytes.saturating_sub(names * NAME_BYTES));
         if records.is_empty() {
             return Ok(());
         }
@@ -304,5 +325,21 @@ fn next_work(stage: &Stage) -> Work {
         inner.take_waiting().map_or(Work::Nothing, Work::Item)
     } else {
         Work::Nothing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ratio_is_that_of_the_pages_that_came_last() {
+        let mut ratio = Ratio(None);
+        assert_eq!(ratio.get(), 1.0);
+        ratio.observe(0, 0);
+        (0..100).for_each(|_| ratio.observe(1 << 20, 100 << 10));
+        assert!((0.09..0.11).contains(&ratio.get()), "{ratio:?}");
+        (0..32).for_each(|_| ratio.observe(1 << 20, 600 << 10));
+        assert!((0.55..0.6).contains(&ratio.get()), "{ratio:?}");
     }
 }
