@@ -16,6 +16,7 @@ pub mod host;
 pub mod interrupt;
 pub mod link;
 pub mod netns;
+mod process;
 pub mod profile;
 pub mod push;
 pub mod qmp;

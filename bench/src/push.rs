@@ -18,6 +18,7 @@ use crate::guest;
 use crate::host::{AgentPair, POOL};
 use crate::interrupt;
 use crate::netns::Side;
+use crate::process::{cpu_s, peak_rss_bytes};
 use crate::profile::Profile;
 use crate::row::{self, Made, Revision};
 use crate::trouble::{Cut, Trouble, beset};
@@ -270,20 +271,4 @@ fn is_same(one: &Path, other: &Path) -> Result<bool> {
     let qemu_img = guest::folder_of("setup/qemu", &["10.0"])?.join("bin/qemu-img");
     let compared = Command::new(qemu_img).arg("compare").args([one, other]).output()?;
     Ok(compared.status.success())
-}
-
-/// Processor time of a process and of those that it waited for.
-fn cpu_s(pid: u32) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // Behind the name, which may have spaces: fields 14 to 17 of proc(5).
-    let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
-    let ticks: u64 = fields.split(' ').skip(11).take(4).filter_map(|n| n.parse::<u64>().ok()).sum();
-    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
-}
-
-fn peak_rss_bytes(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok());
-    kib.unwrap_or_default() << 10
 }

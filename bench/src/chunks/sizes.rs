@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use longhaul_dedup::id::ChunkId;
 use longhaul_dedup::places::{Places, Snapshot, Wanted, piece_key};
 use longhaul_dedup::recipe::{ImageIdentity, RecipeEntry};
 use serde::{Deserialize, Serialize};
 
+use crate::process::peak_rss_bytes;
 use crate::row::{self, Made, Revision};
 
 const LOOKUPS_WARM: u64 = 200_000;
@@ -143,7 +144,7 @@ fn measure(folder: &Path, entries: u64, revision: &Revision) -> Result<Row> {
         build_s,
         file_bytes: summary.file_bytes,
         memory_bytes: summary.memory_bytes,
-        peak_rss_bytes: peak_rss_bytes()?,
+        peak_rss_bytes: peak_rss_bytes(std::process::id()),
         hit_us,
         miss_us,
         cold_hit_us,
@@ -173,11 +174,4 @@ fn lookups(snapshot: &Snapshot, entries: u64, count: u64, shift: u64) -> Result<
         ensure!(found.is_empty() == (shift > 0), "piece {n} is found or not against what is in it");
     }
     Ok(began.elapsed().as_secs_f64() * 1e6 / count as f64)
-}
-
-fn peak_rss_bytes() -> Result<u64> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
-    let kib = line.trim().strip_suffix("kB").context("VmHWM is in kB")?;
-    Ok(kib.trim().parse::<u64>()? << 10)
 }

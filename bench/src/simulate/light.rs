@@ -16,6 +16,7 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 
+use crate::process::peak_rss_bytes;
 use crate::row::{self, Made, Revision};
 
 /// Longest that one decision may take, in milliseconds.
@@ -99,7 +100,7 @@ pub fn light(wish: &LightPlan) -> Result<()> {
     }
     took_ms.sort_by(f64::total_cmp);
     let (decision_ms, slowest_ms) = (took_ms[RUNS / 2], took_ms[RUNS - 1]);
-    let memory_mib = peak_mib().unwrap_or(0);
+    let memory_mib = peak_rss_bytes(std::process::id()) >> 20;
     let LightPlan { hosts, vms, seed, .. } = *wish;
     println!(
         "{hosts} hosts, {vms} VMs: a decision in {decision_ms:.1} ms (slowest {slowest_ms:.1}, bound \
@@ -167,11 +168,4 @@ fn state(hosts: usize, levels: &[f64], now_s: i64) -> State {
         moved: Vec::new(),
         migration_mib_s: 100.0,
     }
-}
-
-/// Most memory that this process had so far (proc(5), `VmHWM`).
-fn peak_mib() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.split_whitespace().next()?.parse::<u64>().ok()? >> 10)
 }

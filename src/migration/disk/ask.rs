@@ -295,10 +295,9 @@ impl Disk<'_> {
                     let summaries = range.iter().map(|glimpse| glimpse.summary).collect();
                     return self.ask_summaries(first, summaries, Question::Glimpses(range)).await;
                 }
-                for glimpse in range {
-                    self.sender.meter.disk_known(glimpse.data_bytes);
-                    self.sender.meter.disk_zero(glimpse.zero_bytes);
-                }
+                range
+                    .iter()
+                    .for_each(|glimpse| self.is_known(glimpse.data_bytes, glimpse.zero_bytes));
                 self.questions.room.add_permits(RANGE_ROOM as usize);
                 Ok(())
             }
@@ -309,8 +308,7 @@ impl Disk<'_> {
                     if differs {
                         again.push(glimpse.part);
                     } else {
-                        self.sender.meter.disk_known(glimpse.data_bytes);
-                        self.sender.meter.disk_zero(glimpse.zero_bytes);
+                        self.is_known(glimpse.data_bytes, glimpse.zero_bytes);
                     }
                 }
                 self.questions.room.add_permits(RANGE_ROOM as usize);
@@ -321,7 +319,9 @@ impl Disk<'_> {
                 self.questions.alike.store(!differs.contains(&true), Ordering::Relaxed);
                 // What is known makes room before anything waits for the link.
                 for (sending, _) in parcels.iter().zip(&differs).filter(|(_, differs)| !**differs) {
-                    self.is_known(&sending.parcel);
+                    let parcel = &sending.parcel;
+                    self.is_known(parcel.data_bytes(), parcel.zero_bytes());
+                    self.questions.room.add_permits(room_of(parcel) as usize);
                 }
                 for (sending, _) in parcels.into_iter().zip(differs).filter(|(_, differs)| *differs)
                 {
@@ -375,10 +375,9 @@ impl Disk<'_> {
     }
 
     /// A parcel is at the target as it is here.
-    fn is_known(&self, parcel: &Parcel) {
-        self.sender.meter.disk_known(parcel.data_bytes());
-        self.sender.meter.disk_zero(parcel.zero_bytes());
-        self.questions.room.add_permits(room_of(parcel) as usize);
+    fn is_known(&self, data_bytes: u64, zero_bytes: u64) {
+        self.sender.meter.disk_known(data_bytes);
+        self.sender.meter.disk_zero(zero_bytes);
     }
 
     /// All that was wanted of a parcel is sent.
@@ -390,6 +389,5 @@ impl Disk<'_> {
 
 /// The part of [`ROOM_MIB`] that a parcel takes: none if it has no data, of which nothing is held.
 fn room_of(parcel: &Parcel) -> u32 {
-    let bytes = parcel.data_bytes();
-    if bytes == 0 { 0 } else { ((bytes >> 20) as u32).max(1) }
+    parcel.data_bytes().div_ceil(1 << 20) as u32
 }

@@ -55,8 +55,6 @@ pub(super) struct Disk {
     layout: Option<Layout>,
     /// Parcels that were compared as parts of a range which differs, and not written to since.
     compared: HashMap<u64, Summary>,
-    /// What is recorded of it is among what is looked for, or need not be.
-    is_indexed: bool,
     /// Nothing but zeros was there: zeros need not be written in the first round.
     pub(super) fresh: bool,
 }
@@ -122,8 +120,9 @@ impl DiskReceiver {
                 None => None,
             };
             // What lies in the image that it begins as is found there: here it will be overwritten.
-            let begins = |(old, _): &(PathBuf, _)| finder.begins_as(number as u16, old);
-            let is_indexed = begins_as.as_ref().is_some_and(begins);
+            if !begins_as.as_ref().is_some_and(|(old, _)| finder.begins_as(number as u16, old)) {
+                finder.add(number as u16, log.recipe());
+            }
             let holds = begins_as.as_ref().map_or(&incoming.path, |(old, _)| old);
             disks.push(Disk {
                 trusted: is_untouched(&log, holds),
@@ -134,7 +133,6 @@ impl DiskReceiver {
                 begins_as,
                 layout: None,
                 compared: HashMap::new(),
-                is_indexed,
                 fresh: incoming.fresh,
             });
         }
@@ -185,7 +183,6 @@ impl DiskReceiver {
         let (header, body) = match item.content {
             Content::Body(body) => (item.header, body),
             Content::Bundle(bundle) => {
-                self.index();
                 self.write_bundle(bundle).await?;
                 return Ok(self.applied(None));
             }
@@ -202,13 +199,11 @@ impl DiskReceiver {
                 want(item, vec![differs], plain)
             }
             BulkHeader::Offer { item } => {
-                self.index();
                 let offer = Offer::decode(&body).map_err(|error| self.bad(error))?;
                 let (wanted, plain) = self.look_for_pieces(item, &offer).await?;
                 want(item, wanted, plain)
             }
             BulkHeader::Blocks { item } => {
-                self.index();
                 let list = BlockList::decode(&body).map_err(|error| self.bad(error))?;
                 let (wanted, bases) = self.look_for_blocks(list).await?;
                 let (wanted, bases) = (Answer(wanted).encode(), bases.encode());
@@ -224,16 +219,6 @@ impl DiskReceiver {
             }
         };
         Ok(self.applied(answer))
-    }
-
-    /// Makes what is recorded of the disks be found: not before something is looked for, since that takes a
-    /// while, and disks that are alike need none of it.
-    fn index(&mut self) {
-        for (number, disk) in (0..).zip(&mut self.disks) {
-            if !std::mem::replace(&mut disk.is_indexed, true) {
-                self.finder.add(number, disk.log.recipe());
-            }
-        }
     }
 
     /// Counts an item, and says what is to be answered.
@@ -319,10 +304,8 @@ impl DiskReceiver {
             let cutting = tokio::task::spawn_blocking(move || (found.grains(), found));
             let (grains, found) = cutting.await.expect("cutting does not panic");
             disk.log.append_grains(&grains).map_err(recipe_error)?;
-            if disk.is_indexed {
-                self.finder.add_scan(number, &found.scan);
-                self.finder.add_grains(number, grains.into_iter());
-            }
+            self.finder.add_scan(number, &found.scan);
+            self.finder.add_grains(number, grains.into_iter());
             return Ok(found.summary());
         }
         Ok(found.summary())
